@@ -1,0 +1,174 @@
+"""Settings and fixtures of the tests: a project of one app, and a server that is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import django
+import pytest
+from django.conf import settings
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("markers", "long: takes long; runs in .ci/run only")
+    settings.configure(
+        ALLOWED_HOSTS=["*"],
+        DATABASES={
+            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+        },
+        INSTALLED_APPS=["django_simple_task"],
+        LANGUAGE_CODE="en",
+        ROOT_URLCONF="conftest",
+        SECRET_KEY="tests",
+        USE_I18N=True,
+        USE_TZ=True,
+    )
+    django.setup()
+
+
+urlpatterns: list[object] = []
+
+# Seconds after which what a test waits for is taken to hang.
+HANG = 20
+
+
+class Server:
+    """A fake ASGI server: it sends lifespan messages and keeps the answers."""
+
+    def __init__(self, app, scope=None):
+        self.sent = []
+        self._to_app = asyncio.Queue()
+        self._answered = asyncio.Event()
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, **(scope or {})}
+        self.task = asyncio.ensure_future(app(scope, self._to_app.get, self._send))
+
+    async def _send(self, message):
+        self.sent.append(message)
+        self._answered.set()
+
+    def put(self, message):
+        self._to_app.put_nowait(message)
+
+    async def answer(self):
+        """Wait for the next answer, or for the end of the lifespan."""
+        answered = asyncio.ensure_future(self._answered.wait())
+        await asyncio.wait(
+            {answered, self.task}, timeout=HANG, return_when=asyncio.FIRST_COMPLETED
+        )
+        answered.cancel()
+        self._answered.clear()
+        return self.sent[-1] if self.sent else None
+
+    async def startup(self):
+        self.put({"type": "lifespan.startup"})
+        return await self.answer()
+
+    async def shutdown(self):
+        self.put({"type": "lifespan.shutdown"})
+        answer = await self.answer()
+        await asyncio.wait_for(self.task, HANG)
+        return answer
+
+
+async def plain_app(scope, receive, send):
+    """Stand in for Django, which refuses the lifespan."""
+    if scope["type"] == "lifespan":
+        raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
+
+
+@contextlib.asynccontextmanager
+async def serving(app=plain_app):
+    """Run the middleware around `app` as a server would, from startup to shutdown."""
+    from django_simple_task import django_simple_task_middleware
+
+    server = Server(django_simple_task_middleware(app))
+    assert await server.startup() == {"type": "lifespan.startup.complete"}
+    try:
+        yield server
+    finally:
+        if not server.task.done():
+            await server.shutdown()
+
+
+class Ledger:
+    """What the jobs themselves say of their runs."""
+
+    def __init__(self):
+        self.runs = []
+        self._changed = threading.Condition()
+
+    def note(self, entry=None):
+        with self._changed:
+            self.runs.append(entry)
+            self._changed.notify_all()
+
+    async def anote(self, entry=None):
+        self.note(entry)
+
+    def wait(self, count):
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.runs) >= count, HANG), (
+                self.runs
+            )
+
+
+@pytest.fixture
+def ledger():
+    return Ledger()
+
+
+PREAMBLE = """
+import asyncio, logging, os, signal, sys, threading, time
+import django
+from django.conf import settings
+logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
+settings.configure(INSTALLED_APPS=["django_simple_task"], USE_TZ=True, **{settings!r})
+django.setup()
+from django_simple_task import *
+"""
+
+
+def run_script(body, *, timeout=HANG, **settings):
+    """Run a script in a process of its own, after django.setup(); kill it if it hangs."""
+    code = PREAMBLE.replace("{settings!r}", repr(settings)) + textwrap.dedent(body)
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code],
+        capture_output=True,
+        cwd=Path(__file__).parent,
+        text=True,
+        timeout=timeout,
+    )
+
+
+# In CI a skipped test is a failure: there everything that tests need is installed. What
+# another Python or Django is needed for says so: `pytest.skip("does not apply: ...")`.
+
+
+def _not_skipped(report):
+    skipped = report.skipped and isinstance(report.longrepr, tuple)
+    if skipped and os.environ.get("CI") == "true":
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith("does not apply:"):
+            report.outcome = "failed"
+            report.longrepr = f"Skipped, which CI takes for a failure: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Look at each test's setup, call and teardown."""
+    return _not_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    """Look at each file, which may skip itself whole."""
+    return _not_skipped((yield))
