@@ -62,14 +62,24 @@ import warnings
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timedelta, timezone
 from heapq import heappop, heappush
 from importlib import import_module
+from threading import get_ident
 from time import monotonic
-from types import FunctionType
+from types import CoroutineType, FunctionType
+from types import coroutine as awaitable_generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asgiref.local
@@ -126,8 +136,8 @@ __version__ = "1.0.0"
 logger = logging.getLogger("django_simple_task")
 
 _Coroutine = Coroutine[Any, Any, Any]
-# An asyncio task that gives the exception which a job has raised, if it has.
-_Attempt = asyncio.Task[BaseException | None]
+# What a worker is to do when a task of its has ended.
+_Next = Callable[[], None]
 
 
 # Settings
@@ -271,7 +281,7 @@ def defer(
     on_loop = False
     if type(func) is FunctionType:
         kind = func.__code__.co_flags & _KINDS
-        if kind == inspect.CO_COROUTINE:
+        if kind == _COROUTINE:
             on_loop = True
         elif kind or func.__dict__:
             on_loop = _is_coroutine_function(func)
@@ -282,28 +292,46 @@ def defer(
     args, kwargs = _NO_ARGUMENTS
     if arguments is not None:
         args, kwargs = _check_arguments(arguments)
-    if options is None:
-        return _accept(_Job(func, args, kwargs, on_loop, _NO_OPTIONS), None)
-    checked, delay = _check_options(options, on_loop)
-    on_loop = on_loop or checked.thread_sensitive
-    return _accept(_Job(func, args, kwargs, on_loop, checked), delay)
+    checked, delay, kind_of_job = _NO_OPTIONS, None, _Job
+    if options is not None:
+        checked, delay = _check_options(options, on_loop)
+        if checked.timeout is not None:
+            kind_of_job = _TimedJob
+        elif checked.thread_sensitive:
+            kind_of_job, on_loop = _SharedJob, True
+    pool = _pool_with_room()
+    _accept(kind_of_job(func, args, kwargs, on_loop, checked), pool, delay)
 
 
 # What the flags of a function tell of its kind, at a glance.
+_COROUTINE = inspect.CO_COROUTINE
 _KINDS = (
-    inspect.CO_COROUTINE
+    _COROUTINE
     | inspect.CO_GENERATOR
     | inspect.CO_ITERABLE_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
 
 
-def _accept(job: _Job, delay: float | None) -> None:
+def _pool_with_room(*, movable: bool = False) -> _Pool | None:
+    """Return where a job may wait, None under IMMEDIATE; or raise why it may not."""
+    if _looked_up.get(_IMMEDIATE) is not False and _setting(_IMMEDIATE):
+        _check_installed()
+        return None
+    pools = _process.pools
+    pool = pools[0] if len(pools) == 1 else _process.serving_pool()
+    maxsize = _looked_up.get(_QUEUE_MAXSIZE)
+    if type(maxsize) is not int or maxsize < 0:
+        maxsize = _setting(_QUEUE_MAXSIZE)
+    if maxsize and pool.queue.qsize() >= maxsize:
+        if not movable:
+            _process.rejected.step()
+        raise QueueFull
+    return pool
+
+
+def _accept(job: _Job, pool: _Pool | None, delay: float | None) -> None:
     """Queue a job for now or for `delay` seconds later; or run it, under IMMEDIATE."""
-    _accept_into(_pool_with_room(job), job, delay)
-
-
-def _accept_into(pool: _Pool | None, job: _Job, delay: float | None) -> None:
     job.number = _process.accepted.step()
     if logger.isEnabledFor(logging.DEBUG):
         _log(logging.DEBUG, job, "deferred")
@@ -313,24 +341,6 @@ def _accept_into(pool: _Pool | None, job: _Job, delay: float | None) -> None:
         pool.put(job)
     else:
         pool.put_later(job, monotonic() + delay)
-
-
-def _pool_with_room(job: _Job) -> _Pool | None:
-    """Return where a job may wait, None under IMMEDIATE; or raise why it may not."""
-    if not isinstance(registry.app_configs.get(_LABEL), DjangoSimpleTaskConfig):
-        raise ImproperlyConfigured(_why_not_installed())
-    if _looked_up.get(_IMMEDIATE) is not False and _setting(_IMMEDIATE):
-        return None
-    pools = _process.pools
-    pool = pools[0] if len(pools) == 1 else _process.serving_pool()
-    maxsize = _looked_up.get(_QUEUE_MAXSIZE)
-    if type(maxsize) is not int or maxsize < 0:
-        maxsize = _setting(_QUEUE_MAXSIZE)
-    if maxsize and pool.queue.qsize() >= maxsize:
-        if not job.movable:
-            _process.rejected.step()
-        raise QueueFull
-    return pool
 
 
 def join(timeout: float | None = None) -> bool:
@@ -380,7 +390,7 @@ def stats() -> dict[str, int]:
 
 
 def _check_outside_jobs() -> None:
-    if _inside_job.get():
+    if _inside_job.get() or type(_thread_sensitive_context.get(None)) is _Sensitive:
         raise RuntimeError("A job cannot wait until all jobs are done: it is one.")
 
 
@@ -426,12 +436,11 @@ def _run_immediately(job: _Job) -> None:
     while delay is not None:
         _process.in_flight[job] = worker
         worker.started = monotonic()
-        job.begin(worker.name)
-        context = job.attempt_context()
+        context = job.begin(worker.name) or Context()
         coroutine, error = _run_in_thread(job, context)
         if coroutine is not None:
-            here = functools.partial(_await_here, job, coroutine)
-            error = _off_the_loop(functools.partial(context.run, here))
+            here = functools.partial(context.run, _await_here, job, coroutine)
+            error = _off_the_loop(here)
         delay = _record(job, error)
     _process.notify()
     if isinstance(error, KeyboardInterrupt):
@@ -447,8 +456,15 @@ class _Immediate:
     started = 0.0
 
 
-def _await_here(job: _Job, coroutine: _Coroutine) -> BaseException | None:
-    return async_to_sync(_run_on_loop)(job, coroutine, None)
+@async_to_sync
+async def _await_here(job: _Job, coroutine: _Coroutine) -> BaseException | None:
+    try:
+        value = await coroutine
+        if job.observed:
+            job.keep(value)
+    except BaseException as error:
+        return error
+    return None
 
 
 def _off_the_loop(function: Callable[[], Any]) -> Any:
@@ -545,18 +561,20 @@ class _Job:
         """The job's context; a copy of it, if another attempt may need it untouched."""
         return self.context if self.options.max_attempts == 1 else self.context.copy()
 
-    def begin(self, worker: str) -> bool:
-        """Begin an attempt, unless a drain has just given the job up."""
+    def begin(self, worker: str) -> Context | None:
+        """Begin an attempt and return its context, None if a drain gave the job up."""
         # First this, then a look; the drain takes the job, then looks at this.
         self.attempt += 1
         if self not in _process.in_flight:
-            return False
+            return None
         if self.observed:
             self.start(worker)
-        return True
+        return self.attempt_context()
 
     def call(self) -> Any:
         return self.func(*self.args, **self.kwargs)
+
+    call_on_loop = call
 
     def succeed(self, started: float) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -593,6 +611,26 @@ class _Job:
     def hand_over(self) -> str:
         """Have another backend take it; return a sentence that tells where it is."""
         raise NotImplementedError
+
+
+class _TimedJob(_Job):
+    """A coroutine function that has a timeout."""
+
+    __slots__ = ()
+
+    def call(self) -> _Coroutine:
+        return _within_timeout(self, super().call())
+
+    call_on_loop = call
+
+
+class _SharedJob(_Job):
+    """A sync job for asgiref's thread-sensitive thread, which others use as well."""
+
+    __slots__ = ()
+
+    def call_on_loop(self) -> _Coroutine:
+        return _in_shared_thread(self)
 
 
 def _name(func: Any) -> str:
@@ -778,8 +816,9 @@ _inside_job = ContextVar("inside_job", default=False)
 
 def _leave_request(inherited: Context) -> None:
     """Make the Locals of the current context its own, and this thread's."""
-    thread = threading.get_ident()
-    for variable, value in inherited.items():
+    thread = get_ident()
+    for variable in inherited:
+        value = inherited[variable]
         if type(value) is _Storage:
             if variable is _executors or variable is _urlconf:
                 variable.set(_Storage(thread, {}))
@@ -803,17 +842,9 @@ def _copy_context_and_locals() -> Context:
 _capture_context = copy_context if _Storage else _copy_context_and_locals
 
 
-def _enter(job: _Job, sensitive: ThreadSensitiveContext | None) -> None:
-    """Make the current context the job's: the first thing that is done in it."""
-    if len(job.context):
-        _leave_request(job.context)
-    if sensitive is not None:
-        _thread_sensitive_context.set(sensitive)
-    _inside_job.set(True)
-
-
 def _enter_and_call(job: _Job) -> Any:
-    _enter(job, None)
+    _leave_request(job.context)
+    _inside_job.set(True)
     return job.call()
 
 
@@ -824,8 +855,8 @@ def _run_in_thread(
     Call a job in this thread. Return the coroutine that the call gave, which is to be
     awaited still, and the exception that it raised.
 
-    Here and in the async twin exceptions of every kind end: a job's SystemExit is no
-    reason to stop the server, and its CancelledError says nothing about us.
+    Here and on the loop exceptions of every kind end: a job's SystemExit is no reason
+    to stop the server, and its CancelledError says nothing about us.
     """
     try:
         value = context.run(_enter_and_call, job)
@@ -838,29 +869,62 @@ def _run_in_thread(
     return None, None
 
 
-async def _run_on_loop(
-    job: _Job, coroutine: _Coroutine | None, worker: _Worker | None
-) -> BaseException | None:
-    """Await a job, or the coroutine that its call gave, in its own asyncio task."""
+def _first_step(
+    job: _Job, coroutine: _Coroutine | None, sensitive: _Sensitive
+) -> tuple[_Coroutine | None, Any]:
+    """
+    On the loop, in the job's context: go as far as the job goes without waiting. Return
+    its coroutine and what that awaits; or None and the exception that it raised.
+    """
     try:
-        options = job.options
-        if worker is not None:
-            _enter(job, None if options.thread_sensitive else worker.sensitive)
+        if len(job.context):
+            _leave_request(job.context)
+        _thread_sensitive_context.set(sensitive)
         if coroutine is None:
-            shared = options.thread_sensitive
-            coroutine = _in_shared_thread(job) if shared else job.call()
-        if options.timeout is not None:
-            coroutine = _within_timeout(job, coroutine)
-        value = await coroutine
-        if job.observed:
-            job.keep(value)
+            coroutine = job.call_on_loop()
+        if type(coroutine) is not CoroutineType:
+            coroutine = _awaiting(coroutine)
+        try:
+            return coroutine, coroutine.send(None)
+        except StopIteration as end:
+            if job.observed:
+                job.keep(end.value)
     except BaseException as error:
+        return None, error
+    return None, None
+
+
+@awaitable_generator
+def _other_steps(
+    job: _Job, coroutine: _Coroutine, awaited: Any, context: Context
+) -> Generator[Any, Any, BaseException | None]:
+    """Await what is left, each step in the job's context. Return what it raised."""
+    try:
+        try:
+            while True:
+                try:
+                    answer = yield awaited
+                except BaseException as error:
+                    awaited = context.run(coroutine.throw, error)
+                else:
+                    awaited = context.run(coroutine.send, answer)
+        except StopIteration as end:
+            if job.observed:
+                job.keep(end.value)
+    except BaseException as error:
+        del awaited  # or an exception would keep itself alive, by way of this frame
         return error
     return None
 
 
+async def _awaiting(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 async def _in_shared_thread(job: _Job) -> Any:
-    """Run a sync job in asgiref's thread-sensitive thread, which others use as well."""
+    # Not in the lane, which a job on the loop has for its thread-sensitive calls.
+    _thread_sensitive_context.set(None)
+    _inside_job.set(True)
     # By way of a box, as the frames of asgiref and of the thread would keep alive what
     # they are given, what they return, and what they raise.
     box: list[Any] = [job]
@@ -1156,10 +1220,9 @@ class _Lane:
     def clean(self) -> None:
         self.connected = _clean_connections()
 
-    def clean_if_used(self) -> None:
-        if self.used:
-            self.used = False
-            self.call(self.clean)
+    def clean_after_use(self) -> None:
+        self.used = False
+        self.call(self.clean)
 
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
@@ -1226,6 +1289,13 @@ def _fulfil(
         future.set_exception(error)
 
 
+_NOTHING = (None, None, False)
+
+
+class _Sensitive(ThreadSensitiveContext):
+    """Tells asgiref, by its type also us, in whose lane an async job uses the ORM."""
+
+
 class _Worker:
     """Runs one job at a time, on the loop or in its lane."""
 
@@ -1233,12 +1303,13 @@ class _Worker:
         self.pool = pool
         self.name = f"{_LABEL}-{os.getpid()}-{number}"
         self.lane = _Lane(self.name)
-        self.sensitive = ThreadSensitiveContext()
+        self.sensitive = _Sensitive()
         _thread_executors[self.sensitive] = self.lane
-        # What goes to the lane: a job to begin with, or one to finish and its task.
-        self.carried: tuple[_Job | None, _Attempt | None]
+        # What goes to the lane: a job, its exception, and whether it has ended. Not as
+        # arguments, which the thread would keep alive until the worker rests.
+        self.carried: tuple[_Job | None, BaseException | None, bool] = _NOTHING
         # The task of the job that waits on the loop.
-        self.task: _Attempt | None = None
+        self.task: asyncio.Task[_Next] | None = None
         self.started = 0.0
         # Whether its job was given up and goes on all the same.
         self.overdue = False
@@ -1252,79 +1323,106 @@ class _Worker:
         return job
 
     def run(self, job: _Job | None, coroutine: _Coroutine | None = None) -> None:
-        """On the loop: run jobs until one waits or belongs in the lane."""
+        """On the loop: run a job where it belongs, and those after it."""
+        if job is None:
+            return self.rest()
+        if coroutine is None and not job.on_loop:
+            self.carried = (job, None, False)
+            return self.go_to_lane()
+        task = _start_task(self.run_in_task(job, coroutine), loop=self.pool.loop)
+        if task.done():
+            self.go_on(job, task)
+        else:
+            done = functools.partial(self.go_on, job)
+            task.add_done_callback(done, context=self.pool.context)
+
+    async def run_in_task(
+        self, job: _Job | None, coroutine: _Coroutine | None
+    ) -> _Next:
+        """
+        Run jobs in one asyncio task, until one has waited or belongs in the lane.
+        Return what is to be done next.
+
+        A job that never waits needs no task of its own, which would take most of the
+        time. One that waits has the task for itself from then on: whoever cancels it
+        means this job.
+        """
         pool = self.pool
-        while job is not None:
+        task = asyncio.current_task()
+        while job is not None and (job.on_loop or coroutine is not None):
             if coroutine is None:
-                if not job.on_loop:
-                    return self.go_to_lane(job)
                 if self.started >= pool.slice_end:
-                    return pool.hand_back(self, job)
-                if not job.begin(self.name):
+                    return functools.partial(pool.hand_back, self, job)
+                context = job.begin(self.name)
+                if context is None:
                     job = self.take()
                     continue
-            task = _start_task(
-                _run_on_loop(job, coroutine, self),
-                loop=pool.loop,
-                context=job.attempt_context(),
-            )
-            if not task.done():
+            else:
+                context = job.attempt_context()
+            left, error = context.run(_first_step, job, coroutine, self.sensitive)
+            if left is not None:
                 self.task = task
-                done = functools.partial(self.resume, job)
-                return task.add_done_callback(done, context=pool.context)
+                error = await _other_steps(job, left, error, context)
             if job.observed:
-                return self.go_to_lane(job, task)
-            self.finish(job, task.result())
-            del task  # or an exception would keep itself alive, by way of this frame
+                self.carried = (job, error, True)
+                error = None
+                return self.go_to_lane
+            self.finish(job, error)
+            error = None  # or it would keep itself alive, by way of this frame
             coroutine = None
+            if self.task is not None or _cancelling(task):
+                return functools.partial(pool.hand_back, self, None)
             job = self.take()
-        self.rest()
+        return functools.partial(self.run, job)
 
-    def resume(self, job: _Job, task: _Attempt) -> None:
-        """On the loop: go on after a job that has waited."""
+    def go_on(self, job: _Job, task: asyncio.Task[_Next]) -> None:
+        """On the loop: do what is next after a task."""
         self.task = None
         self.overdue = False
-        if job.observed:
-            return self.go_to_lane(job, task)
-        self.finish(job, _outcome(task))
-        self.run(self.take())
+        try:
+            go_on = task.result()
+        except asyncio.CancelledError as error:  # before it began
+            self.finish(job, error)
+            go_on = functools.partial(self.pool.hand_back, self, None)
+        go_on()
 
-    def go_to_lane(self, job: _Job, task: _Attempt | None = None) -> None:
-        # Not by arguments, which the thread would keep alive until the worker rests.
-        self.carried = (job, task)
+    def go_to_lane(self) -> None:
         try:
             self.lane.call(self.run_in_lane)
         except RuntimeError as error:  # just now no thread can be started
-            _record(job, error, final=True)
+            (job, _, _), self.carried = self.carried, _NOTHING
+            if job is not None:
+                _record(job, error, final=True)
             self.pool.hand_back(self, None)
 
     def run_in_lane(self) -> None:
         """In the lane: run jobs until one belongs on the loop, or none is left."""
         lane = self.lane
-        (job, task), self.carried = self.carried, (None, None)
+        (job, error, ended), self.carried = self.carried, _NOTHING
         while job is not None:
-            if task is not None:
-                error, task = _outcome(task), None
-            else:
+            if not ended:
                 if job.on_loop:
                     return self.pool.hand_back(self, job)
                 if lane.connected:
                     lane.clean()
-                if not job.begin(self.name):
+                context = job.begin(self.name)
+                if context is None:
                     job = self.take()
                     continue
-                coroutine, error = _run_in_thread(job, job.attempt_context())
+                coroutine, error = _run_in_thread(job, context)
                 if coroutine is not None:
                     return self.pool.hand_back(self, job, coroutine)
             self.finish(job, error)
             error = None  # or it would live, with all its frames, until the next one
+            ended = False
             if lane.connected:
                 lane.clean()
             job = self.take()
         self.rest()
 
     def finish(self, job: _Job, error: BaseException | None) -> None:
-        self.lane.clean_if_used()
+        if self.lane.used:
+            self.lane.clean_after_use()
         delay = _record(job, error)
         if delay is not None:
             self.pool.put_later(job, monotonic() + delay)
@@ -1338,29 +1436,19 @@ class _Worker:
             _process.notify()
 
 
-def _outcome(task: _Attempt) -> BaseException | None:
-    try:
-        return task.result()
-    except asyncio.CancelledError as error:  # before it began, or by itself
-        return error
-
-
 if sys.version_info >= (3, 12):
     # At once, not at the loop's next turn: a job that never waits needs none.
     _start_task = functools.partial(asyncio.Task, eager_start=True)
-elif sys.version_info >= (3, 11):
-
-    def _start_task(
-        coroutine: _Coroutine, *, loop: asyncio.AbstractEventLoop, context: Context
-    ) -> asyncio.Task[Any]:
-        return loop.create_task(coroutine, context=context)
-
 else:
 
     def _start_task(
-        coroutine: _Coroutine, *, loop: asyncio.AbstractEventLoop, context: Context
+        coroutine: _Coroutine, *, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Task[Any]:
-        return context.run(loop.create_task, coroutine)
+        return loop.create_task(coroutine)
+
+
+# Whether a task was told to cancel. Python 3.10 does not tell: better to suppose so.
+_cancelling: Any = getattr(asyncio.Task, "cancelling", lambda task: 1)
 
 
 # Seconds for which jobs may hold the loop at a stretch.
@@ -1779,6 +1867,7 @@ class _Process:
             raise RuntimeError(
                 "The interpreter is shutting down: it runs no more jobs."
             )
+        _check_installed()
         _check_settings_now()
         background = _Background()
         first = self.background.setdefault("", background)
@@ -2092,9 +2181,8 @@ def _why_not_to_start() -> str | None:
         return (
             "Jobs run on asyncio's event loop; this server's worker has none (trio?)."
         )
-    if not isinstance(registry.app_configs.get(_LABEL), DjangoSimpleTaskConfig):
-        return _why_not_installed()
     try:
+        _check_installed()
         _check_settings_now()
     except ImproperlyConfigured as error:
         return str(error)
@@ -2151,14 +2239,14 @@ class SimpleTaskBackend(BaseTaskBackend):
         """
         job = _TaskJob(self, task, args, kwargs)
         try:
-            pool = _pool_with_room(job)
+            pool = _pool_with_room(movable=job.movable)
         except QueueFull:
             if not job.movable:
                 raise
             return job.moved_task().enqueue(*args, **kwargs)
         result = job.register()
         job.tell(tasks.signals.task_enqueued)
-        _accept_into(pool, job, _seconds_until(task.run_after))
+        _accept(job, pool, _seconds_until(task.run_after))
         return job.snapshot() if pool is None else result
 
     async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
@@ -2167,7 +2255,7 @@ class SimpleTaskBackend(BaseTaskBackend):
             return await sync_to_async(self.enqueue)(task, args, kwargs)
         job = _TaskJob(self, task, args, kwargs)
         try:
-            pool = _pool_with_room(job)
+            pool = _pool_with_room(movable=job.movable)
         except QueueFull:
             if not job.movable:
                 raise
@@ -2176,7 +2264,7 @@ class SimpleTaskBackend(BaseTaskBackend):
         try:
             await job.announce()
         finally:  # also when the caller was cancelled meanwhile: it has been announced
-            _accept_into(pool, job, _seconds_until(task.run_after))
+            _accept(job, pool, _seconds_until(task.run_after))
         return result
 
     def get_result(self, result_id: str) -> Any:
@@ -2347,8 +2435,9 @@ class _TaskJob(_Job):
         args, kwargs = _copy_json(self.args), _copy_json(self.kwargs)
         if self.task.takes_context:
             context = tasks.base.TaskContext(task_result=self.snapshot())
-            return self.func(context, *args, **kwargs)
-        return self.func(*args, **kwargs)
+            args = [context, *args]
+        value = self.func(*args, **kwargs)
+        return value if self.options.timeout is None else _within_timeout(self, value)
 
     def keep(self, value: Any) -> None:
         self.value = _copy_json(value)
@@ -2514,19 +2603,21 @@ if __name__ != "__main__":
     sys.modules[f"{__name__}.apps"] = sys.modules[__name__]
 
 
-def _why_not_installed() -> str:
+def _check_installed() -> None:
     installed = registry.app_configs.get(_LABEL)
+    if isinstance(installed, DjangoSimpleTaskConfig):
+        return
     if installed is not None:
-        return (
+        raise ImproperlyConfigured(
             f"This file was imported as {__name__} and as {installed.name}: import it "
             "by the name that INSTALLED_APPS has."
         )
     if not registry.apps_ready:
-        return (
+        raise ImproperlyConfigured(
             f"Django's apps are not loaded yet: use {__name__} after django.setup(), "
             "not while modules are being imported."
         )
-    return f'Add "{__name__}" to INSTALLED_APPS.'
+    raise ImproperlyConfigured(f'Add "{__name__}" to INSTALLED_APPS.')
 
 
 def _check_settings(**kwargs: Any) -> Iterator[checks.CheckMessage]:
