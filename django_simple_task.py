@@ -1783,6 +1783,7 @@ class _Process:
         self.in_flight: dict[_Job, _Worker | _Immediate] = {}
         self.results: dict[str, _TaskJob] = {}
         self.finished: dict[str, deque[str]] = {}  # ids by alias, the oldest first
+        self.result_ids: deque[str] = deque()
         self.watchers: dict[object, Callable[[], None]] = {}
         self.requests_seen = False
         self.prepared = False
@@ -1819,6 +1820,18 @@ class _Process:
             **settled,
             "retried": self.retried.value(),
         }
+
+    def new_result_id(self) -> str:
+        """Return 128 bits that nobody guesses."""
+        while True:
+            try:
+                return self.result_ids.pop()
+            except IndexError:
+                # Many at a time, since each look at the system's source of randomness
+                # lets another thread go first. prepare() keeps them from a child.
+                self.prepare()
+                block = secrets.token_hex(16 * 64)
+                self.result_ids.extend(map("".join, zip(*[iter(block)] * 32)))
 
     def unfinished(self) -> bool:
         accounts = self.stats()
@@ -2343,9 +2356,13 @@ class _TaskJob(_Job):
     ) -> None:
         backend.validate_task(task)
         given = backend.checked_options
-        options = _NO_OPTIONS._replace(
+        timeout = given["TIMEOUT"]
+        if timeout is not None and not iscoroutinefunction(task.func):
+            timeout = None
+        options = _Options(
+            thread_sensitive=False,
             priority=task.priority,
-            timeout=given["TIMEOUT"] if iscoroutinefunction(task.func) else None,
+            timeout=timeout,
             max_attempts=given["MAX_ATTEMPTS"],
             backoff=given["BACKOFF"],
         )
@@ -2359,7 +2376,7 @@ class _TaskJob(_Job):
         self.backend = backend
         self.task = task
         self.movable = given["OVERFLOW_BACKEND"] is not None
-        self.result_id = secrets.token_hex(16)
+        self.result_id = _process.new_result_id()
         self.state = _TaskState(tasks.TaskResultStatus.READY)
         self.value: Any = None
 
@@ -2369,19 +2386,26 @@ class _TaskJob(_Job):
 
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
-        state = self.state._asdict()
-        state["errors"] = list(state["errors"])
-        state["worker_ids"] = list(state["worker_ids"])
-        result = tasks.TaskResult(
-            task=self.task,
-            id=self.result_id,
-            args=self.args,  # which it copies
-            kwargs=self.kwargs,
-            backend=self.backend.alias,
-            **state,
+        state = self.state
+        values = (
+            self.task,
+            self.result_id,
+            state.status,
+            state.enqueued_at,
+            state.started_at,
+            state.finished_at,
+            state.last_attempted_at,
+            _copy_json(self.args),
+            _copy_json(self.kwargs),
+            self.backend.alias,
+            list(state.errors),
+            list(state.worker_ids),
+            _copy_json(self.value),
         )
-        # The class is frozen, and takes this from nobody but its backend.
-        object.__setattr__(result, "_return_value", _copy_json(self.value))
+        # Its constructor takes no return value, and copies with care what is a copy.
+        result = object.__new__(tasks.TaskResult)
+        for name, value in zip(_RESULT_FIELDS, values):
+            object.__setattr__(result, name, value)  # as nobody else may change it
         return result
 
     def change(self, **changes: Any) -> None:
@@ -2389,23 +2413,28 @@ class _TaskJob(_Job):
 
     def tell(self, signal: Any, error: BaseException | None = None) -> None:
         """Send a signal, off the loop, since receivers may use the ORM."""
-        with _reported("A signal of a Task was not delivered."):
+        try:
             _off_the_loop(functools.partial(self.send, signal, error))
+        except RuntimeError as failure:  # no thread can be started
+            _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
 
     def send(self, signal: Any, error: BaseException | None) -> None:
-        with _reported("A signal of a Task was not delivered."):
-            send = functools.partial(
-                signal.send_robust, type(self.backend), task_result=self.snapshot()
-            )
-            try:
-                if error is not None:
-                    raise error  # Django's receiver logs what is being handled
-            except BaseException:
-                send()
+        try:
+            if error is None:
+                signal.send_robust(type(self.backend), task_result=self.snapshot())
             else:
-                send()
-            finally:
-                del error  # or it would keep itself alive, by way of this frame
+                self.send_while_handling(signal, error)
+        except BaseException as failure:
+            _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
+
+    def send_while_handling(self, signal: Any, error: BaseException) -> None:
+        """Send a signal whose receiver, Django's for one, logs what is being handled."""
+        try:
+            raise error
+        except BaseException:
+            signal.send_robust(type(self.backend), task_result=self.snapshot())
+        finally:
+            del error  # or it would keep itself alive, by way of this frame
 
     def register(self) -> Any:
         """Make the result known, and return it."""
@@ -2488,7 +2517,23 @@ class _TaskJob(_Job):
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
 
+_NOT_DELIVERED = "A signal of a Task was not delivered."
 _NO_CONTEXT = Context()
+_RESULT_FIELDS = (
+    "task",
+    "id",
+    "status",
+    "enqueued_at",
+    "started_at",
+    "finished_at",
+    "last_attempted_at",
+    "args",
+    "kwargs",
+    "backend",
+    "errors",
+    "worker_ids",
+    "_return_value",
+)
 
 
 def _copy_json(value: Any, depth: int = 0) -> Any:

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import dataclasses
 import datetime
 import functools
 import gc
@@ -5787,6 +5788,46 @@ def test_a_result_is_found_from_any_thread_loop_and_context(server):
     run_on(server, afind())
     assert [each.return_value for each in found] == [2] * 4
     assert len({id(each) for each in found}) == 4
+
+
+def test_results_have_the_fields_of_djangos_class(tasks):
+    """A snapshot is filled field by field: this fails on the day that there are more."""
+    fields = [field.name for field in dataclasses.fields(django_tasks.TaskResult)]
+    result = add.enqueue(1)
+    assert [name for name in fields if not hasattr(result, name)] == []
+    built = django_tasks.TaskResult(
+        **{name: getattr(result, name) for name in fields if name != "_return_value"}
+    )
+    assert built == result
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
+def test_the_ids_of_results_are_random_and_of_one_process(tasks):
+    """Fault S9: 128 bits each. A forked child does not give out its parent's."""
+    result = run_script(
+        f"""
+        from {TASKS_PACKAGE} import task
+
+
+        @task
+        def job():
+            pass
+
+
+        job.enqueue()
+        child = os.fork()
+        ids = [job.enqueue().id for _ in range(100)]
+        os.write(1, " ".join([*ids, ""]).encode())  # in one piece
+        assert join(10)
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+        """,
+        TASKS={"default": {"BACKEND": BACKEND}},
+    )
+    assert result.returncode == 0, result.stderr
+    ids = result.stdout.split()
+    assert len(ids) == len({*ids}) == 200
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
 
 
 def test_a_result_that_is_not_here_is_said_to_be_elsewhere(server):
