@@ -608,10 +608,6 @@ class _Job:
     def tell_end(self) -> None:
         """Tell that it has ended."""
 
-    def hand_over(self) -> str:
-        """Have another backend take it; return a sentence that tells where it is."""
-        raise NotImplementedError
-
 
 class _TimedJob(_Job):
     """A coroutine function that has a timeout."""
@@ -950,7 +946,7 @@ async def _in_shared_thread(job: _Job) -> Any:
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
     # Not asyncio.timeout(): Python 3.10 has none, and a job may swallow a cancellation.
     loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
+    task: Any = asyncio.current_task()
     seconds = min(job.options.timeout or 0.0, threading.TIMEOUT_MAX)
     expired = False
     timer: asyncio.TimerHandle
@@ -958,8 +954,7 @@ async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
     def expire() -> None:
         nonlocal expired, timer
         expired = True
-        if task is not None:
-            task.cancel()
+        task.cancel()
         give_up = functools.partial(_give_up, job)
         # Off the loop, if there are receivers to be told of it.
         later = functools.partial(_in_helper, give_up) if job.observed else give_up
@@ -1289,9 +1284,6 @@ def _fulfil(
         future.set_exception(error)
 
 
-_NOTHING = (None, None, False)
-
-
 class _Sensitive(ThreadSensitiveContext):
     """Tells asgiref, by its type also us, in whose lane an async job uses the ORM."""
 
@@ -1307,7 +1299,7 @@ class _Worker:
         _thread_executors[self.sensitive] = self.lane
         # What goes to the lane: a job, its exception, and whether it has ended. Not as
         # arguments, which the thread would keep alive until the worker rests.
-        self.carried: tuple[_Job | None, BaseException | None, bool] = _NOTHING
+        self.carried: Any = None
         # The task of the job that waits on the loop.
         self.task: asyncio.Task[_Next] | None = None
         self.started = 0.0
@@ -1390,15 +1382,14 @@ class _Worker:
         try:
             self.lane.call(self.run_in_lane)
         except RuntimeError as error:  # just now no thread can be started
-            (job, _, _), self.carried = self.carried, _NOTHING
-            if job is not None:
-                _record(job, error, final=True)
+            (job, _, _), self.carried = self.carried, None
+            _record(job, error, final=True)
             self.pool.hand_back(self, None)
 
     def run_in_lane(self) -> None:
         """In the lane: run jobs until one belongs on the loop, or none is left."""
         lane = self.lane
-        (job, error, ended), self.carried = self.carried, _NOTHING
+        (job, error, ended), self.carried = self.carried, None
         while job is not None:
             if not ended:
                 if job.on_loop:
@@ -1637,7 +1628,7 @@ class _Pool:
         self, waiting: list[_Job], begun: list[_Job], *, at_once: bool = False
     ) -> None:
         """Lose jobs, at once or after those were handed over that another takes."""
-        movable: list[_Job] = []
+        movable: list[Any] = []
         lost: list[_Job] = []
         for job in waiting:
             moves = job.movable and not job.attempt and not at_once
@@ -1724,7 +1715,7 @@ def _lose_in_flight(job: _Job, started: float) -> None:
 
 
 async def _take_leave(
-    movable: Sequence[_Job], lost: Sequence[_Job], call: Callable[..., Any]
+    movable: Sequence[Any], lost: Sequence[_Job], call: Callable[..., Any]
 ) -> None:
     """Hand jobs over, and tell of the lost: off the loop, and not for long."""
     unsettled = dict.fromkeys(movable)
@@ -2178,12 +2169,8 @@ class _InnerLifespan:
         self.answer: asyncio.Future[Mapping[str, Any]] = loop.create_future()
         self.questions.put_nowait({"type": kind})
         seconds = None if deadline == math.inf else deadline - monotonic()
-        waited_for: set[asyncio.Future[Any]] = {self.answer}
-        if self.task is not None:
-            waited_for.add(self.task)
-        await asyncio.wait(
-            waited_for, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
+        first: Any = {self.answer, self.task}
+        await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if self.answer.done() and self.answer.result().get("type") == f"{kind}.failed":
             return self.answer.result().get("message") or f"{kind} failed."
         return None
@@ -2512,6 +2499,7 @@ class _TaskJob(_Job):
         return self.task.using(backend=self.backend.options["OVERFLOW_BACKEND"])
 
     def hand_over(self) -> str:
+        """Have another backend take it; return a sentence that tells where it is."""
         task = self.moved_task()
         result = task.enqueue(*self.args, **self.kwargs)
         return f"Handed over to the backend {task.backend!r}, as {result.id}."

@@ -825,6 +825,13 @@ KINDS = {
         "loop",
         "<lambda>",
     ),
+    "marked-function-that-returns-a-future": (
+        lambda ledger: markcoroutinefunction(
+            lambda: asyncio.ensure_future(awork(ledger))
+        ),
+        "loop",
+        "<lambda>",
+    ),
     "marked-partial": (
         lambda ledger: markcoroutinefunction(partial(returns_coroutine, ledger)),
         "loop",
@@ -2151,6 +2158,33 @@ def test_a_job_that_ignores_its_cancellation_has_failed_and_keeps_its_worker(
     assert [line.levelname for line in lines.runs].count("ERROR") == 1
 
 
+def test_a_job_lost_before_its_timeout_is_enforced_is_recorded_once(ledger, caplog):
+    """A drain gives up what ignores its cancellation, and the timeout finds it gone."""
+
+    async def stubborn():
+        for _ in range(2):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ledger.note("cancelled")
+        await asyncio.sleep(2 * django_simple_task._PATIENCE)
+        ledger.note("ended")
+
+    async def main():
+        async with serving() as server:
+            defer(stubborn, options={"timeout": 0.01})
+            await asyncio.to_thread(ledger.wait, 1)
+            await server.shutdown()
+        await asyncio.to_thread(ledger.wait, 3)
+
+    before = stats()
+    with grace_period(0):
+        run(main)
+    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    (error,) = logged_records(caplog, "ERROR")
+    assert "lost in flight" in error.getMessage()
+
+
 def test_a_timeout_error_of_the_job_is_its_own(lines):
     """Fault 52: it is not taken for ours."""
     mine = builtins.TimeoutError("mine")
@@ -2958,6 +2992,24 @@ def test_qsize_counts_all_jobs_that_wait(ledger):
     assert_accounts_closed()
 
 
+def test_a_queue_that_another_worker_empties_between_two_looks_is_empty():
+    """What was there at the first look is gone at the second."""
+
+    class Emptied(collections.deque):
+        def __bool__(self):
+            return True
+
+    class EmptiedHeap(list):
+        def __bool__(self):
+            return True
+
+    queue = django_simple_task._Queue()
+    queue._order.append((0, Emptied()))
+    queue.retries = EmptiedHeap()
+    assert queue.get() is None
+    assert queue.advance(monotonic(), retry_at_once=True) == INFINITY
+
+
 def test_signal_handlers_may_defer_in_the_middle_of_a_defer():
     """Of 1,000 signals in a storm of defers none deadlocks and no job is lost."""
     result = run_script(
@@ -3296,6 +3348,80 @@ def test_a_job_may_cancel_all_other_tasks_of_the_loop(ledger, caplog):
     assert_accounts_closed()
 
 
+def test_a_job_may_be_cancelled_before_it_has_begun(ledger):
+    """Which happens where asyncio tasks do not begin at once; the workers go on."""
+
+    async def victim():
+        ledger.note("victim")
+        await asyncio.Event().wait()
+
+    async def cancel_what_is_new():
+        spared = asyncio.all_tasks()
+        defer(victim)
+        while not (new := asyncio.all_tasks() - spared):
+            await asyncio.sleep(0)
+        for task in new:
+            task.cancel()
+
+    async def main():
+        async with serving():
+            defer(cancel_what_is_new)
+            await asyncio.to_thread(lines_of_errors.wait, 1)
+            for kind in EXAMPLES:
+                defer_as(kind, ledger.note, "next")
+            assert await ajoin(HANG)
+
+    lines_of_errors = Ledger()
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lines_of_errors.note
+    logging.getLogger("django_simple_task").addHandler(handler)
+    before = stats()
+    with workers(2):
+        run(main)
+    logging.getLogger("django_simple_task").removeHandler(handler)
+    assert ledger.runs.count("next") == 3
+    (error,) = lines_of_errors.runs
+    assert "victim" in error.job
+    assert outcomes_since(before) == {"accepted": 5, "succeeded": 4, "failed": 1}
+
+
+def test_a_job_that_cancels_its_own_task_harms_no_other(ledger):
+    """Jobs that never wait share an asyncio task, but not its cancellation."""
+
+    async def cancel_myself():
+        asyncio.current_task().cancel()
+
+    async def wait():
+        await asyncio.sleep(0)
+        ledger.note()
+
+    async def main():
+        async with serving():
+            for _ in range(1000):
+                defer(cancel_myself)
+            for _ in range(10):
+                defer(wait)
+                defer(cancel_myself)
+            assert await ajoin(HANG)
+
+    before = stats()
+    run(main)
+    assert len(ledger.runs) == 10
+    assert outcomes_since(before) == {"accepted": 1020, "succeeded": 1020}
+
+
+def test_a_call_that_was_cancelled_is_not_made(ledger):
+    """To asgiref a worker's thread is an executor, whose futures can be cancelled."""
+    lane = django_simple_task._Lane("lane")
+    release = threading.Event()
+    lane.submit(release.wait, HANG)
+    assert lane.submit(ledger.note, "cancelled").cancel()
+    release.set()
+    lane.submit(ledger.note, "next").result(HANG)
+    lane.end().result(HANG)
+    assert ledger.runs == ["next"]
+
+
 def test_stop_iteration_from_the_orm_thread_fails_an_async_job(ledger, caplog):
     """Raised by sync_to_async(), it would otherwise leave the job waiting for ever."""
 
@@ -3606,6 +3732,53 @@ def test_a_transaction_left_open_does_not_pass_on(kind, leave_open, tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_a_connection_that_fails_to_close_is_replaced(kind, tmp_path):
+    """It is reported, and the next job has another one."""
+    result = run_with_database(
+        tmp_path,
+        f"""
+        def fail():
+            raise OSError("broken")
+
+        def job():
+            query()
+            if len(made) == 1:
+                connection.close_if_unusable_or_obsolete = fail
+
+        for _ in range(3):
+            defer_as({kind!r}, job)
+        assert join(15)
+        assert stats()["succeeded"] == 3, stats()
+        assert len(made) == 2, made
+        """,
+        max_age=600,
+    )
+    assert result.stderr.count("A connection failed to close.") == 1
+    assert "OSError: broken" in result.stderr
+
+
+def test_queries_that_debug_keeps_are_dropped_between_jobs(tmp_path):
+    """With DEBUG on, Django keeps all queries of a thread until a request ends."""
+    run_with_database(
+        tmp_path,
+        """
+        kept = []
+
+        def job():
+            kept.append(len(connection.queries))
+            query()
+
+        for _ in range(3):
+            defer(job)
+        assert join(15)
+        assert kept == [0, 0, 0], kept
+        """,
+        max_age=600,
+        DEBUG=True,
+    )
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_thread_that_cannot_start_fails_one_job(kind, ledger, caplog, monkeypatch):
     """The next job tries again, and runs."""
@@ -3806,6 +3979,17 @@ def test_the_drain_at_exit_may_use_threads_names_and_the_orm():
     expected = "to_thread getaddrinfo sensitive insensitive thread sync"
     assert result.stdout.split() == expected.split()
     assert logged(result, "ERROR") == []
+
+
+def test_a_platform_without_forks_and_early_exit_hooks_drains_at_exit():
+    """Windows has no fork; threading's hook is not public."""
+    run_well(
+        """
+        del os.register_at_fork, threading._register_atexit
+        for n in range(10):
+            defer(print, {"args": [n]})
+        """,
+    )
 
 
 def test_the_drain_at_exit_runs_all_that_waits():
@@ -4325,6 +4509,55 @@ def test_digits_in_a_string_are_a_number_of_workers(value):
         run(main)
 
 
+def test_a_setting_that_has_become_bad_does_not_stop_a_drain(ledger, caplog):
+    """The grace period is read when the drain begins: a bad one sets no limit."""
+
+    async def main():
+        async with serving() as server:
+            defer(ledger.note)
+            with override_settings(**{SHUTDOWN_GRACE_PERIOD: "soon"}):
+                assert await server.shutdown() == DONE
+
+    run(main)
+    assert len(ledger.runs) == 1
+    (error,) = logged_records(caplog, "ERROR")
+    assert SHUTDOWN_GRACE_PERIOD in error.getMessage()
+
+
+def test_a_job_that_arrives_as_the_pool_withdraws_runs_elsewhere(ledger, monkeypatch):
+    """It comes after the drain has ended and before the pool is closed."""
+    withdraw = django_simple_task._Pool.withdraw
+
+    def defer_and_withdraw(pool):
+        if not isinstance(pool, django_simple_task._Background):
+            defer(ledger.note)
+        withdraw(pool)
+
+    async def main():
+        async with serving():
+            pass
+
+    monkeypatch.setattr(django_simple_task._Pool, "withdraw", defer_and_withdraw)
+    run(main)
+    ledger.wait(1)
+    assert join(HANG)
+    assert len(ledger.runs) == 1
+
+
+def test_a_lifespan_that_is_thrown_away_awaits_nothing():
+    """Without a loop, a coroutine that is closed must not wait for anything."""
+
+    @types.coroutine
+    def receive():
+        yield
+
+    lifespan = django_simple_task_middleware(plain_app)(
+        {"type": "lifespan"}, receive, None
+    )
+    lifespan.send(None)
+    lifespan.close()
+
+
 def test_startup_fails_without_the_app():
     """The message has the line to add."""
 
@@ -4581,6 +4814,38 @@ def test_jobs_run_between_the_inner_startup_and_the_inner_shutdown(ledger):
     assert_accounts_closed()
 
 
+def test_an_inner_application_may_answer_twice(caplog):
+    """The first answer counts."""
+
+    async def app(scope, receive, send):
+        for phase in "startup", "shutdown":
+            await receive()
+            await send({"type": f"lifespan.{phase}.complete"})
+            await send({"type": f"lifespan.{phase}.failed", "message": "too late"})
+
+    async def main():
+        async with serving(app) as server:
+            pass
+        assert server.sent == [COMPLETE, DONE]
+
+    run(main)
+    assert logged_records(caplog, "ERROR") == []
+
+
+def test_a_lifespan_may_be_cancelled_before_its_startup():
+    """The cancellation goes through."""
+
+    async def main():
+        server = Server(django_simple_task_middleware(plain_app))
+        await asyncio.sleep(0)
+        server.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await server.task
+        assert server.sent == []
+
+    run(main)
+
+
 def test_the_lifespan_state_is_the_servers_own():
     """What the inner application puts there, the server finds."""
     state = {}
@@ -4788,6 +5053,12 @@ def test_there_are_no_other_versions_of_asgi(asgi_version):
     """The error says which there are."""
     with pytest.raises(ValueError, match="2 or 3"):
         django_simple_task_middleware(plain_app, asgi_version=asgi_version)
+
+
+def test_what_is_wrapped_must_be_callable():
+    """The mistake shows where it is made, not at the first request."""
+    with pytest.raises(TypeError, match="ASGI application, not str"):
+        django_simple_task_middleware("project.asgi:application")
 
 
 def test_the_old_spelling_works_and_is_deprecated(ledger):
@@ -5828,6 +6099,24 @@ def test_the_ids_of_results_are_random_and_of_one_process(tasks):
     ids = result.stdout.split()
     assert len(ids) == len({*ids}) == 200
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
+
+
+def test_a_signal_that_no_thread_can_tell_is_reported(server, caplog, monkeypatch):
+    """On a loop a thread is needed for the receivers; without one the Task runs."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def enqueue():
+        with monkeypatch.context() as patches:
+            patches.setattr(threading.Thread, "start", refuse)
+            return add.enqueue(1)
+
+    result = asyncio.run(enqueue())
+    assert done(result).return_value == 2
+    (error,) = logged_records(caplog, "ERROR")
+    assert "A signal of a Task was not delivered." in error.getMessage()
+    assert "can't start new thread" in logging.Formatter().format(error)
 
 
 def test_a_result_that_is_not_here_is_said_to_be_elsewhere(server):
