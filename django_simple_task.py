@@ -136,8 +136,6 @@ __version__ = "1.0.0"
 logger = logging.getLogger("django_simple_task")
 
 _Coroutine = Coroutine[Any, Any, Any]
-# What a worker is to do when a task of its has ended.
-_Next = Callable[[], None]
 
 
 # Settings
@@ -1301,7 +1299,10 @@ class _Worker:
         # arguments, which the thread would keep alive until the worker rests.
         self.carried: Any = None
         # The task of the job that waits on the loop.
-        self.task: asyncio.Task[_Next] | None = None
+        self.task: asyncio.Task[None] | None = None
+        # What is to be done after that task. It is not the task's result, as a task has
+        # none that was cancelled on the way.
+        self.next: Callable[[], None] | None = None
         self.started = 0.0
         # Whether its job was given up and goes on all the same.
         self.overdue = False
@@ -1328,12 +1329,10 @@ class _Worker:
             done = functools.partial(self.go_on, job)
             task.add_done_callback(done, context=self.pool.context)
 
-    async def run_in_task(
-        self, job: _Job | None, coroutine: _Coroutine | None
-    ) -> _Next:
+    async def run_in_task(self, job: _Job | None, coroutine: _Coroutine | None) -> None:
         """
-        Run jobs in one asyncio task, until one has waited or belongs in the lane.
-        Return what is to be done next.
+        Run jobs in one asyncio task, until one has waited or belongs in the lane; leave
+        word what is to be done next.
 
         A job that never waits needs no task of its own, which would take most of the
         time. One that waits has the task for itself from then on: whoever cancels it
@@ -1344,7 +1343,8 @@ class _Worker:
         while job is not None and (job.on_loop or coroutine is not None):
             if coroutine is None:
                 if self.started >= pool.slice_end:
-                    return functools.partial(pool.hand_back, self, job)
+                    self.next = functools.partial(pool.hand_back, self, job)
+                    return
                 context = job.begin(self.name)
                 if context is None:
                     job = self.take()
@@ -1358,23 +1358,26 @@ class _Worker:
             if job.observed:
                 self.carried = (job, error, True)
                 error = None
-                return self.go_to_lane
+                self.next = self.go_to_lane
+                return
             self.finish(job, error)
             error = None  # or it would keep itself alive, by way of this frame
             coroutine = None
             if self.task is not None or _cancelling(task):
-                return functools.partial(pool.hand_back, self, None)
+                self.next = functools.partial(pool.hand_back, self, None)
+                return
             job = self.take()
-        return functools.partial(self.run, job)
+        self.next = functools.partial(self.run, job)
 
-    def go_on(self, job: _Job, task: asyncio.Task[_Next]) -> None:
+    def go_on(self, job: _Job, task: asyncio.Task[None]) -> None:
         """On the loop: do what is next after a task."""
         self.task = None
         self.overdue = False
-        try:
-            go_on = task.result()
-        except asyncio.CancelledError as error:  # before it began
-            self.finish(job, error)
+        go_on, self.next = self.next, None
+        if go_on is None:
+            self.finish(
+                job, asyncio.CancelledError("It was cancelled before it began.")
+            )
             go_on = functools.partial(self.pool.hand_back, self, None)
         go_on()
 

@@ -3386,7 +3386,7 @@ def test_a_job_may_be_cancelled_before_it_has_begun(ledger):
 
 
 def test_a_job_that_cancels_its_own_task_harms_no_other(ledger):
-    """Jobs that never wait share an asyncio task, but not its cancellation."""
+    """Fault 57: jobs that never wait share an asyncio task, but not its cancellation."""
 
     async def cancel_myself():
         asyncio.current_task().cancel()
