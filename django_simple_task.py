@@ -298,7 +298,8 @@ def defer(
         elif checked.thread_sensitive:
             kind_of_job, on_loop = _SharedJob, True
     pool = _pool_with_room()
-    _accept(kind_of_job(func, args, kwargs, on_loop, checked), pool, delay)
+    number = _process.accepted.step()
+    _put(kind_of_job(func, args, kwargs, on_loop, checked, number), pool, delay)
 
 
 # What the flags of a function tell of its kind, at a glance.
@@ -328,9 +329,8 @@ def _pool_with_room(*, movable: bool = False) -> _Pool | None:
     return pool
 
 
-def _accept(job: _Job, pool: _Pool | None, delay: float | None) -> None:
+def _put(job: _Job, pool: _Pool | None, delay: float | None) -> None:
     """Queue a job for now or for `delay` seconds later; or run it, under IMMEDIATE."""
-    job.number = _process.accepted.step()
     if logger.isEnabledFor(logging.DEBUG):
         _log(logging.DEBUG, job, "deferred")
     if pool is None:
@@ -537,6 +537,7 @@ class _Job:
         kwargs: dict[str, Any],
         on_loop: bool,
         options: _Options,
+        number: int = 0,
     ) -> None:
         self.func = func
         self.args = args
@@ -545,7 +546,7 @@ class _Job:
         self.options = options
         self.context = _capture_context()
         self.attempt = 0
-        self.number = 0
+        self.number = number
 
     @property
     def id(self) -> int | str:
@@ -2249,7 +2250,8 @@ class SimpleTaskBackend(BaseTaskBackend):
             return job.moved_task().enqueue(*args, **kwargs)
         result = job.register()
         job.tell(tasks.signals.task_enqueued)
-        _accept(job, pool, _seconds_until(task.run_after))
+        job.number = _process.accepted.step()
+        _put(job, pool, _seconds_until(task.run_after))
         return job.snapshot() if pool is None else result
 
     async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
@@ -2267,7 +2269,8 @@ class SimpleTaskBackend(BaseTaskBackend):
         try:
             await job.announce()
         finally:  # also when the caller was cancelled meanwhile: it has been announced
-            _accept(job, pool, _seconds_until(task.run_after))
+            job.number = _process.accepted.step()
+            _put(job, pool, _seconds_until(task.run_after))
         return result
 
     def get_result(self, result_id: str) -> Any:
