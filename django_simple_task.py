@@ -1221,7 +1221,9 @@ def _fulfil(
     try:
         future.set_result(function(*args, **kwargs))
     except StopIteration as error:  # which no asyncio.Future can carry
-        future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
+        carrier = RuntimeError(f"StopIteration was raised: {error}")
+        carrier.__cause__ = error
+        future.set_exception(carrier)
     except BaseException as error:
         future.set_exception(error)
 
