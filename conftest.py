@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import functools
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +17,8 @@ from pathlib import Path
 import django
 import pytest
 from django.conf import settings
+
+import django_simple_task
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,9 +92,7 @@ async def plain_app(scope, receive, send):
 @contextlib.asynccontextmanager
 async def serving(app=plain_app):
     """Run the middleware around `app` as a server would, from startup to shutdown."""
-    from django_simple_task import django_simple_task_middleware
-
-    server = Server(django_simple_task_middleware(app))
+    server = Server(django_simple_task.django_simple_task_middleware(app))
     assert await server.startup() == {"type": "lifespan.startup.complete"}
     try:
         yield server
@@ -123,6 +126,90 @@ class Ledger:
 @pytest.fixture
 def ledger():
     return Ledger()
+
+
+class Oracles:
+    """What must hold after each test that runs jobs in this process, whatever it did."""
+
+    def __init__(self):
+        self.before = django_simple_task.stats()
+        self.told = collections.Counter()
+        self.failures = []  # of asyncio: "never retrieved", "exception in callback"
+
+    def watch(self, monkeypatch):
+        # Where records are made: what a test does to levels of handlers, to filters and
+        # to handlers is none of our business, and nothing that a record has is kept.
+        for name in ("django_simple_task", "asyncio", *TASKS_LOGGERS):
+            logger = logging.getLogger(name)
+            listen = functools.partial(self.listen, logger.makeRecord)
+            monkeypatch.setattr(logger, "makeRecord", listen)
+
+    def listen(self, make_record, name, level, *args, **kwargs):
+        record = make_record(name, level, *args, **kwargs)
+        message = record.getMessage()
+        if name == "asyncio" and level >= logging.ERROR:
+            self.failures.append(message)
+        elif name in TASKS_LOGGERS:
+            self.told["of a Task"] += level >= logging.ERROR
+        elif message.startswith("lost="):
+            self.told["lost"] += record.lost
+        elif level >= logging.WARNING and hasattr(record, "job"):
+            self.told[message.partition(" job=")[0]] += 1
+        return record
+
+    def check(self):
+        assert django_simple_task.join(HANG), django_simple_task.stats()
+        self.check_accounts()
+        self.check_lines()
+        self.check_threads()
+        assert self.failures == []
+
+    def check_accounts(self):
+        """Nothing is unfinished, nothing mislaid, nothing counted twice."""
+        accounts = django_simple_task.stats()
+        pools = django_simple_task._process.pools
+        assert accounts["pending"] == accounts["in_flight"] == 0
+        assert accounts["scheduled"] == sum(pool.queue.qsize() for pool in pools)
+        assert all(accounts[key] >= self.before[key] for key in COUNTED), accounts
+
+    def check_lines(self):
+        """Each loss and each retry was told of; and each failure, but for Tasks'."""
+        accounts = django_simple_task.stats()
+        since = {key: accounts[key] - self.before[key] for key in COUNTED}
+        assert self.told["lost"] + self.told["lost in flight"] == since["lost"]
+        assert self.told["will be retried"] == since["retried"]
+        told = self.told["failed"]
+        assert told <= since["failed"] <= told + self.told["of a Task"]
+
+    def check_threads(self):
+        """Of our threads those are left that serve in the background."""
+        pools = django_simple_task._process.pools
+        serving = {worker.lane.thread for pool in pools for worker in pool.workers}
+        serving.update(getattr(pool, "thread", None) for pool in pools)
+        for thread in set(threading.enumerate()) - serving:
+            if thread.name.startswith("django_simple_task"):
+                thread.join(HANG)
+                assert not thread.is_alive(), thread
+
+
+TASKS_LOGGERS = "django.tasks", "django_tasks"
+COUNTED = (
+    "accepted",
+    "rejected",
+    "succeeded",
+    "failed",
+    "lost",
+    "handed_over",
+    "retried",
+)
+
+
+@pytest.fixture(autouse=True)
+def oracles(monkeypatch):
+    oracles = Oracles()
+    oracles.watch(monkeypatch)
+    yield
+    oracles.check()
 
 
 PREAMBLE = """

@@ -1278,7 +1278,9 @@ def _fulfil(
     try:
         future.set_result(function(*args, **kwargs))
     except StopIteration as error:  # which no asyncio.Future can carry
-        future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
+        carrier = RuntimeError(f"StopIteration was raised: {error}")
+        carrier.__cause__ = error
+        future.set_exception(carrier)
     except BaseException as error:
         future.set_exception(error)
 
@@ -1523,11 +1525,17 @@ class _Pool:
     def evict(self) -> None:
         """Give what waits to the pool that takes over, or that serves."""
         for due, job in self.queue.clear():
+            self.give_away(job, due)
+
+    def give_away(self, job: _Job, due: float | None) -> None:
+        try:
             pool = self.heir or _process.serving_pool()
-            if due is None:
-                pool.put(job)
-            else:
-                pool.put_later(job, due)
+        except RuntimeError:  # just now no thread can be started
+            return _lose([job])
+        if due is None:
+            pool.put(job)
+        else:
+            pool.put_later(job, due)
 
     def in_flight(self) -> list[tuple[_Job, _Worker]]:
         # From a copy, made in one step: the workers go on while it is read.
@@ -1672,7 +1680,7 @@ class _Pool:
             scheduled = []
             for due, job in self.queue.clear():
                 if due is None or job.attempt:
-                    _process.serving_pool().put(job)
+                    self.give_away(job, None)
                 else:
                     scheduled.append(job)
             await self.part_with(scheduled, [])
@@ -1739,9 +1747,13 @@ async def _take_leave(
         connections.close_all()
         done.set()
 
-    call(take_leave)
-    await done.wait(monotonic() + _LEAVE)
-    _lose([job for job in movable if unsettled.pop(job, job) is None])
+    try:
+        call(take_leave)
+        await done.wait(monotonic() + _LEAVE)
+    except RuntimeError as error:  # just now no thread can be started
+        _write(logging.ERROR, "No Task could be handed over.", exception=error)
+    finally:  # also when the server has cancelled the lifespan
+        _lose([job for job in movable if unsettled.pop(job, job) is None])
 
 
 @contextlib.contextmanager
@@ -1888,8 +1900,10 @@ class _Process:
             background.thread.start()
         except RuntimeError as error:
             del self.background[""]
+            background.undo_startup()
             raise RuntimeError(
-                "The interpreter is shutting down: no thread can be started for jobs."
+                "The interpreter is shutting down, or the limit of threads is reached: "
+                "no thread can be started for jobs."
             ) from error
         self.pools.append(background)
         if background.closed:  # a lifespan has started meanwhile
@@ -1944,6 +1958,14 @@ class _Background(_Pool):
         with contextlib.suppress(RuntimeError):
             for worker in self.workers:
                 worker.lane.start()
+
+    def undo_startup(self) -> None:
+        """Leave no thread and no loop behind, nor what other threads have queued."""
+        self.closed = True
+        for worker in self.workers:
+            worker.lane.end()
+        self.loop.close()
+        self.evict()
 
     def say_so(self) -> None:
         level, reason = logging.INFO, ""
