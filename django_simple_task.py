@@ -1274,7 +1274,7 @@ class _Worker:
                 return task.add_done_callback(done, context=pool.context)
             if job.observed:
                 return self.go_to_lane(job, task)
-            self.finish(job, task.result())
+            self.finish(job, _outcome(task))
             del task  # or an exception would keep itself alive, by way of this frame
             coroutine = None
             job = self.take()

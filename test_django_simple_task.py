@@ -3295,6 +3295,26 @@ def test_a_job_may_cancel_all_other_tasks_of_the_loop(ledger, caplog):
     assert_accounts_closed()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_job_may_cancel_its_own_task(waits, ledger):
+    """Fault 57: whether it waits after that or ends at once, its worker goes on."""
+
+    async def cancel_itself():
+        asyncio.current_task().cancel()
+        if waits:
+            await asyncio.Event().wait()
+
+    async def main():
+        async with serving():
+            defer(cancel_itself)
+            defer(ledger.note)
+            assert await ajoin(HANG)
+
+    before = stats()
+    run(main)
+    assert outcomes_since(before) == {"accepted": 2, "succeeded": 1, "failed": 1}
+
+
 def test_stop_iteration_from_the_orm_thread_fails_an_async_job(ledger, caplog):
     """Raised by sync_to_async(), it would otherwise leave the job waiting for ever."""
 
