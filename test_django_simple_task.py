@@ -1,4 +1,4 @@
-"""The tests, in the order of the module; then servers, demo and README."""
+"""The tests, in the order of the module; then servers, load, demo and README."""
 
 from __future__ import annotations
 
@@ -7609,6 +7609,450 @@ def change_code(site, folder):
     while not site.logs("draining pending=", timeout=0.5):
         (folder / "version.py").write_text('VERSION = "new"\n')
         assert monotonic() < hung_at, site.log
+
+
+# Chaos and load
+#
+# Signals at random times, and more jobs than anybody should have. What the jobs write
+# down by themselves is compared with the log, or with stats().
+
+CHAOS = {
+    "chaos_settings.py": """
+        from settings import *
+
+        DJANGO_SIMPLE_TASK_WORKERS = 4
+        ROOT_URLCONF = "chaos"
+    """,
+    "chaos.py": """
+        import asyncio
+        import os
+        import random
+        import time
+
+        from django.http import HttpResponse
+        from django.urls import path
+        from django_simple_task import defer
+
+        LEDGER = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+        def job(entry):
+            os.write(LEDGER, entry)
+            time.sleep(random.uniform(0, 0.002))
+
+
+        async def ajob(entry):
+            os.write(LEDGER, entry)
+            await asyncio.sleep(random.uniform(0, 0.002))
+
+
+        async def flood(request, name):
+            for n in range(1000):
+                entry = f"{name}-{n}\\n".encode()
+                defer(ajob if n % 2 else job, {"args": [entry]})
+            return HttpResponse(os.getpid())
+
+
+        urlpatterns = [path("<name>", flood)]
+    """,
+}
+CHAOTIC = {
+    "uvicorn": Serving(UVICORN),
+    "hypercorn": OTHERS["hypercorn"],
+    "granian": OTHERS["granian"],
+}
+# For all of them together. Longer runs, by hand, find what is rarer. CHAOS_SEED, which
+# each of them prints, repeats its choices.
+CHAOS_SECONDS = float(os.getenv("CHAOS_SECONDS", "120"))
+
+
+class Chaos:
+    """Rounds of a server that gets 1,000 jobs, for a share of the time."""
+
+    def __init__(self, name, folder, share):
+        self.serving = CHAOTIC[name]
+        self.folder = folder
+        self.ledger = folder / "ledger"
+        self.ends_at = monotonic() + CHAOS_SECONDS * share
+        seed = int(os.getenv("CHAOS_SEED") or random.randrange(2**32))
+        self.random = random.Random(seed)
+        self.figures = collections.Counter()
+        for file, source in CHAOS.items():
+            (folder / file).write_text(textwrap.dedent(source))
+        print(f"\n{name} CHAOS_SEED={seed}")
+
+    def rounds(self):
+        while monotonic() < self.ends_at or not self.figures["rounds"]:
+            yield self.figures["rounds"]
+            self.figures["rounds"] += 1
+        print(dict(self.figures))
+
+    def serve(self, **environ):
+        (self.folder / "ledger.sqlite3").unlink(missing_ok=True)
+        environ["DJANGO_SETTINGS_MODULE"] = "chaos_settings"
+        return serve(self.folder, self.serving, LEDGER=str(self.ledger), **environ)
+
+    def wait(self):
+        """Wait for a moment, or for up to as long as the jobs take."""
+        time.sleep(self.random.uniform(0, self.random.choice([0.03, 0.3])))
+
+    def runs(self, name):
+        """Return how many jobs of this name ran. No job at all has run twice."""
+        runs = self.ledger.read_text().splitlines()
+        assert len(set(runs)) == len(runs)
+        return sum(entry.startswith(f"{name}-") for entry in runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CHAOTIC)
+def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
+    """
+    Faults 31, 76 and 82: SIGTERM or SIGINT, once or twice, with or without a grace
+    period. Each job is finished or counted in the log as lost, and none runs twice.
+    """
+    chaos = Chaos(name, tmp_path, share=0.2)
+    for number in chaos.rounds():
+        signals = chaos.random.choices([signal.SIGTERM, signal.SIGINT], k=2)
+        signals = signals[: chaos.random.choice([1, 2])]
+        environ = chaos.random.choice([{}, {"GRACE_PERIOD": "0.1"}])
+        with chaos.serve(**environ) as site:
+            site.get(f"/{number}")
+            for each in signals:
+                chaos.wait()
+                site.signal(each)
+            site.wait()
+        finished = site.log.count("finished job=chaos.")
+        lost = [int(n) for n in re.findall(r"lost=(\d+) job=chaos\.", site.log)]
+        in_flight = site.log.count("lost in flight job=chaos.")
+        unaccounted = 1000 - finished - sum(lost) - in_flight
+        chaos.figures.update(
+            jobs=1000,
+            finished=finished,
+            lost_waiting=sum(lost),
+            lost_in_flight=in_flight,
+            unaccounted=unaccounted,
+        )
+        runs = chaos.runs(number)
+        # uvicorn may leave nobody the time to report that: see the next test but one.
+        if name != "uvicorn" or signals != [signal.SIGTERM, signal.SIGINT]:
+            assert unaccounted == 0, (signals, environ, site.log)
+            assert finished <= runs <= finished + in_flight, site.log
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CHAOTIC)
+def test_no_job_runs_twice_when_its_process_is_killed(name, tmp_path):
+    """Fault 84: killed at any time, and started again. What waited is gone."""
+    chaos = Chaos(name, tmp_path, share=0.13)
+    for number in chaos.rounds():
+        with chaos.serve() as site:
+            pid = int(site.get(f"/{number}"))
+            chaos.wait()
+            os.kill(pid, signal.SIGKILL)
+        chaos.figures.update(jobs=1000, ran=chaos.runs(number))
+    with chaos.serve() as site:
+        site.get("/last")
+        site.signal()
+        site.wait()
+    assert chaos.runs("last") == 1000, site.log
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="does not apply: it is reported there"
+)
+@pytest.mark.parametrize("name", UVICORNS)
+def test_sigint_after_sigterm_has_uvicorn_lose_jobs_unreported(name, tmp_path):
+    """
+    It ends by the SIGTERM before its loop turns again, if the SIGINT comes before the
+    drain. Send the same signal twice, or none but one.
+    """
+    with serve(tmp_path, UVICORNS[name]) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        client = http.client.HTTPConnection("127.0.0.1", site.port, timeout=HANG)
+        with contextlib.closing(client):
+            client.request("GET", "/slow")
+            site.at_gate.append(site.gate.accept()[0])
+            site.signal(signal.SIGTERM)
+            assert site.logs("Waiting for connections to close"), site.log
+            site.signal(signal.SIGINT)
+        assert site.wait() == -signal.SIGTERM
+        assert_all_lost_unreported(site)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_for_all_processes_of_hypercorn(workers, tmp_path):
+    """
+    systemd sends it so: only the master handles it, and jobs are lost unreported. With
+    `--workers 0` there is but one process, and they run.
+    """
+    hypercorn = OTHERS["hypercorn"]
+    command = f"{hypercorn.command} --workers {workers}"
+    with serve(tmp_path, hypercorn._replace(command=command)) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        os.killpg(site.process.pid, signal.SIGTERM)
+        if workers:
+            site.wait()
+            assert_all_lost_unreported(site)
+        else:
+            assert site.logs("draining pending="), site.log
+            site.open_gate()
+            site.wait()
+            assert_each_ran_once(site)
+
+
+MEASURING = """
+import gc, itertools, random, resource, weakref
+logging.getLogger("django_simple_task").setLevel("CRITICAL")
+
+def megabytes():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+def defer_all(calls):
+    "Defer each of the calls; while the queue is full, wait until all are done."
+    for function, *args in calls:
+        while True:
+            try:
+                defer(function, {"args": args})
+                break
+            except QueueFull:
+                assert join(60)
+"""
+
+
+def run_under_load(body, *, timeout, **settings):
+    """Run a script without development mode, which costs time and memory."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("does not apply: no /proc here")
+    settings = {f"DJANGO_SIMPLE_TASK_{name}": settings[name] for name in settings}
+    script = SERVING + MEASURING + textwrap.dedent(body)
+    result = run_script(script, dev=False, timeout=timeout, **settings)
+    assert result.returncode == 0, result.stderr
+    print(result.stdout)
+
+
+@pytest.mark.long
+def test_a_million_jobs_of_500_threads_are_all_accounted_for():
+    """
+    Fault 98: half of them sync, three in a hundred fail. Where the queue is full the
+    callers wait and try again. The ledger and stats() agree.
+    """
+    run_under_load(
+        """
+        THREADS, EACH = 500, 2000
+        TOTAL = THREADS * EACH
+        runs, refused = bytearray(TOTAL), [0] * THREADS
+
+        class Outrage(BaseException):
+            pass
+
+        def job(n):
+            runs[n] += 1
+            if n // 2 % 100 < 2:
+                raise ValueError
+            if n // 2 % 100 == 2:
+                raise Outrage
+
+        async def ajob(n):
+            job(n)
+
+        def storm(thread):
+            for n in range(thread * EACH, (thread + 1) * EACH):
+                while True:
+                    try:
+                        defer(ajob if n % 2 else job, {"args": [n]})
+                        break
+                    except QueueFull:
+                        refused[thread] += 1
+                        never.wait(random.uniform(0.05, 0.15))
+
+        async def main():
+            async with serving():
+                for thread in storms:
+                    thread.start()
+                for thread in storms:
+                    await asyncio.to_thread(thread.join)
+                assert await ajoin(60)
+
+        never = threading.Event()
+        storms = [threading.Thread(target=storm, args=[n]) for n in range(THREADS)]
+        asyncio.run(main())
+        print(stats())
+        assert runs == bytes([1]) * TOTAL
+        assert sum(refused) > 0
+        assert stats() == {
+            **dict.fromkeys(stats(), 0),
+            "accepted": TOTAL,
+            "rejected": sum(refused),
+            "succeeded": TOTAL * 97 // 100,
+            "failed": TOTAL * 3 // 100,
+        }
+        """,
+        timeout=180,
+        QUEUE_MAXSIZE=10_000,
+        WORKERS=4,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 100_000)])
+def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
+    """Faults 97 and 99: and nothing is left to gc, which is off all the time."""
+    run_under_load(
+        f"""
+        ran = itertools.count()
+
+        def job():
+            next(ran)
+            if {fails}:
+                raise ValueError
+
+        async def ajob():
+            job()
+
+        def storm(jobs):
+            defer_all([(job,), (ajob,)] * (jobs // 2))
+            assert join(60)
+
+        async def main():
+            async with serving():
+                await asyncio.to_thread(storm, {jobs} // 10)
+                gc.collect()
+                before, objects = megabytes(), len(gc.get_objects())
+                await asyncio.to_thread(storm, {jobs} - {jobs} // 10)
+                grown = megabytes() - before
+                print(f"{{grown:.2f}} MB")
+                assert grown <= 1
+                assert len(gc.get_objects()) - objects < 100
+                assert gc.collect() < 100
+
+        gc.disable()
+        asyncio.run(main())
+        assert next(ran) == {jobs}
+        """,
+        timeout=180,
+        QUEUE_MAXSIZE=10_000,
+    )
+
+
+@pytest.mark.long
+def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
+    """Faults 96 and S1: of a million jobs 100,000 wait, the rest is refused."""
+    run_under_load(
+        """
+        async def stuck():
+            started.set()
+            await release.wait()
+
+        async def main():
+            async with serving():
+                defer(stuck)
+                await started.wait()
+                before, refused = peak(), 0
+                for _ in range(1_000_000):
+                    try:
+                        defer(int)
+                    except QueueFull:
+                        refused += 1
+                grown = peak() - before
+                print(f"{grown:.1f} MB")
+                assert grown <= 100
+                assert refused == stats()["rejected"] == 900_000
+                assert stats()["pending"] == 100_000
+                release.set()
+            assert stats()["succeeded"] == 100_001
+
+        started, release = asyncio.Event(), asyncio.Event()
+        asyncio.run(main())
+        """,
+        timeout=120,
+    )
+
+
+@pytest.mark.long
+def test_big_arguments_are_freed_with_their_jobs():
+    """Fault 100: of a thousand with 10 MB each no more are there than may wait."""
+    run_under_load(
+        """
+        class Big(bytearray):
+            def __init__(self):
+                super().__init__(b"x" * 10**7)
+                freed.append(weakref.ref(self, lambda _: next(deaths)))
+
+        def job(argument):
+            pass
+
+        async def ajob(argument):
+            pass
+
+        def storm(jobs):
+            functions = itertools.cycle([job, ajob])
+            defer_all((next(functions), Big()) for _ in range(jobs))
+            assert join(60)
+
+        async def main():
+            async with serving():
+                before = peak()
+                await asyncio.to_thread(storm, 1000)
+                print(f"{peak() - before:.1f} MB at most")
+                assert peak() - before < 200
+                assert next(deaths) == 1000
+
+        freed, deaths = [], itertools.count()
+        gc.disable()
+        asyncio.run(main())
+        """,
+        timeout=120,
+        QUEUE_MAXSIZE=10,
+    )
+
+
+@pytest.mark.long
+def test_ten_thousand_lifespans_leave_nothing_behind():
+    """Fault 101: no thread, no file, no asyncio task, no memory."""
+    run_under_load(
+        """
+        ran = itertools.count()
+
+        def job():
+            next(ran)
+
+        async def ajob():
+            next(ran)
+
+        def resources():
+            gc.collect()
+            files = len(os.listdir("/proc/self/fd"))
+            return threading.active_count(), files, len(asyncio.all_tasks())
+
+        async def cycles(number):
+            for _ in range(number):
+                async with serving():
+                    defer(job)
+                    defer(ajob)
+
+        async def main():
+            await cycles(100)
+            before, memory = resources(), megabytes()
+            await cycles(9_900)
+            assert resources() == before
+            grown = megabytes() - memory
+            print(f"{grown:.2f} MB")
+            assert grown <= 1
+
+        asyncio.run(main())
+        assert next(ran) == 20_000
+        """,
+        timeout=120,
+        WORKERS=3,
+    )
 
 
 # Demo
