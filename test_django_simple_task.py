@@ -1,4 +1,4 @@
-"""The tests, in the order of the module; then servers, load, demo and README."""
+"""The tests, in the order of the module; then servers, load, 0.1.2, demo and README."""
 
 from __future__ import annotations
 
@@ -8053,6 +8053,503 @@ def test_ten_thousand_lifespans_leave_nothing_behind():
         timeout=120,
         WORKERS=3,
     )
+
+
+# Against release 0.1.2
+#
+# The rows of the list of faults that release 0.1.2 fails, by their number there. A
+# script knows no more than what both have: defer(), the middleware, a lifespan, what
+# its jobs note and what is logged. Here it must pass; there it must fail by an
+# assertion about the outcome, or hang.
+
+ADAPTER = """
+import asyncio, atexit, contextlib, contextvars, functools, gc, logging, os, queue
+import sys, threading, traceback, weakref
+from concurrent.futures import ThreadPoolExecutor
+import django
+from django.conf import settings
+
+settings.configure(
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "db"}},
+    INSTALLED_APPS=["django_simple_task"],
+    USE_TZ=True,
+)
+django.setup()
+from django.core.checks import run_checks
+from django.db import connection, transaction
+from django.db.backends.signals import connection_created
+import conftest, django_simple_task
+from conftest import plain_app
+from django_simple_task import defer
+
+names = "django_simple_task_middleware", "django_simple_task_middlware"
+name = next(name for name in names if hasattr(django_simple_task, name))
+middleware = getattr(django_simple_task, name)
+
+SHUTDOWN = {"type": "lifespan.shutdown"}
+COMPLETE, FAILED = "lifespan.startup.complete", "lifespan.startup.failed"
+WORKERS = "DJANGO_SIMPLE_TASK_WORKERS"
+conftest.HANG = int(os.environ["HANG"])
+ledger, lines, dead = conftest.Ledger(), conftest.Ledger(), conftest.Ledger()
+note, anote = ledger.note, ledger.anote
+references, end, aend = [], threading.Event(), asyncio.Event()
+
+def fail(kind, error, trace):
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)  # whatever hangs
+
+sys.excepthook = fail
+
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.note(self.format(record))
+
+logging.basicConfig(level="INFO", handlers=[Lines()])
+
+class Lifespan(conftest.Server):
+    def __init__(self, app=plain_app):
+        super().__init__(middleware(app))
+
+    async def startup(self):
+        return (await super().startup() or {}).get("type")
+
+    async def shutdown(self):
+        self.put(SHUTDOWN)
+        assert await self.answer() == {"type": "lifespan.shutdown.complete"}
+
+async def run(main):
+    server = Lifespan()
+    assert await server.startup() == COMPLETE
+    await main(server)
+    if not server.task.done():
+        await server.shutdown()
+
+async def until(count, ledger=ledger):
+    executor = ThreadPoolExecutor(1)  # not the loop's, whose threads may be taken
+    await asyncio.get_running_loop().run_in_executor(executor, ledger.wait, count)
+
+async def turns(number):
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+def refused(call, *args, error=TypeError, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as raised:
+        assert isinstance(raised, error), repr(raised)
+    else:
+        raise AssertionError(f"It takes {args} {kwargs}.")
+
+def logged(text):
+    if not any(text in line for line in lines.runs):
+        error = AssertionError(f"{text!r} is not in {lines.runs}")
+        fail(AssertionError, error, None)
+
+def times(number, function, *args):
+    for _ in range(number):
+        defer(function, {"args": args})
+
+def forever():
+    note()
+    end.wait()
+
+async def aforever():
+    note()
+    await aend.wait()
+
+def generator():
+    yield
+
+async def async_generator():
+    yield
+
+class Watched(Exception):
+    def __init__(self, size=0):
+        self.content = bytearray(size)
+        references.append(weakref.ref(self, dead.note))
+
+def query():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+
+def cut():
+    query()
+    connection.connection.close()
+
+def grace_period(seconds):
+    settings.DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD = seconds
+"""
+RAISING = """
+    def job():
+        raise {error}
+
+    async def ajob():
+        raise {error}
+
+    for function in job, ajob, note, anote:
+        defer(function)
+    await until(2)
+"""
+# While a server serves. It is shut down after the script, or by it.
+SERVED = {
+    "1": "refused(defer, 42)",
+    "2": "refused(defer, anote())",
+    "3": "refused(defer, generator)",
+    "4": "refused(defer, async_generator)",
+    "5": """
+        defer(functools.partial(note))
+        defer(functools.partial(anote))
+        await until(2)
+    """,
+    "6": """
+        defer(lambda: anote())
+        await until(1)
+    """,
+    "7": """
+        for arguments in [1], "abc", {"arg": []}, {"args": 5}, {"kwargs": {1: 2}}:
+            refused(defer, note, arguments, error=(TypeError, ValueError))
+    """,
+    "9": """refused(defer, note, options={"retrys": 3})""",
+    "10": """
+        for bad in {"thread_sensitive": "no"}, {"timeout": float("nan")}:
+            refused(defer, anote, options=bad, error=(TypeError, ValueError))
+    """,
+    "25": """
+        assert await server.startup() == COMPLETE
+        times(2, aforever)
+        await until(1)
+        await turns(100)
+        assert len(ledger.runs) == 1, "There is a worker too many."
+        aend.set()
+    """,
+    "27": """
+        server.put({})
+        defer(note)
+        await until(1)
+        await server.shutdown()
+    """,
+    "31": """
+        times(1001, aforever)
+        await until(1)
+        server.task.cancel()
+        await asyncio.wait({server.task})
+        logged("lost=1000")
+    """,
+    "40": """
+        second = Lifespan()
+        await second.startup()
+        await second.shutdown()
+        defer(note)
+        await until(1)
+    """,
+    "44": RAISING.format(error="asyncio.CancelledError"),
+    "45": RAISING.format(error="SystemExit"),
+    "46": RAISING.format(error="KeyboardInterrupt"),
+    "47": RAISING.format(error="GeneratorExit"),
+    "48": RAISING.format(error="BaseException"),
+    "55": """
+        class Full(logging.Handler):
+            def emit(self, record):
+                raise OSError("No space left on device")
+
+        logging.getLogger().addHandler(Full())
+        times(2, note)
+        await until(2)
+    """,
+    "57": """
+        async def job():
+            for task in asyncio.all_tasks() - spared:
+                task.cancel()  # its own, too
+            note()
+
+        spared = {asyncio.current_task(), server.task}
+        defer(job)
+        await until(1)
+        defer(note)
+        await until(2)
+    """,
+    "58": """
+        def job():
+            raise Watched
+
+        async def ajob():
+            raise Watched
+
+        gc.disable()
+        defer(job)
+        defer(ajob)
+        await until(2, dead)
+    """,
+    "59": """
+        gc.disable()
+        defer(note, {"args": [Watched()]})
+        await until(1)
+        ledger.runs.clear()
+        await until(1, dead)
+    """,
+    "61": """
+        async def job():
+            note(variable.get())
+            variable.set("a job's")
+
+        variable = contextvars.ContextVar("variable", default="nobody's")
+        times(2, job)
+        await until(2)
+        assert ledger.runs == ["nobody's", "nobody's"]
+    """,
+    "77": """
+        async def link(number):
+            note()
+            if number < 5:
+                defer(link, {"args": [number + 1]})
+
+        defer(link, {"args": [1]})
+        await server.shutdown()
+        assert len(ledger.runs) == 5
+    """,
+    "78": """
+        async def last():
+            times(100, note)
+
+        defer(last)
+        await server.shutdown()
+        assert len(ledger.runs) == 100
+    """,
+    "79": """
+        async def endless():
+            defer(endless)
+
+        grace_period(0.2)
+        defer(endless)
+        await server.shutdown()
+        logged("lost")
+    """,
+    "80": """
+        grace_period(0.2)
+        defer(aforever)
+        await server.shutdown()
+        logged("lost in flight job=__main__.aforever")
+    """,
+    "81": """
+        grace_period(0.2)
+        defer(forever)
+        await server.shutdown()
+        logged("lost in flight job=__main__.forever")
+    """,
+    "83": """
+        times(8, aforever)
+        await until(1)
+        server.put(SHUTDOWN)
+        await until(1, lines)
+        logged("pending=7")
+        aend.set()
+        await server.answer()
+    """,
+    "91": """
+        child = os.fork()
+        if not child:
+            defer(note)
+            with contextlib.suppress(AssertionError):
+                ledger.wait(1)
+            os._exit(not ledger.runs)
+        assert os.waitpid(child, 0)[1] == 0
+    """,
+    "93": """
+        await server.shutdown()
+        defer(note)
+        await until(1)
+    """,
+    "94": """
+        def storm():
+            for _ in range(300):
+                defer(note)
+                end.wait(0.001)
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        await until(100)
+        await server.shutdown()
+        thread.join()
+        await until(300)
+        assert len(ledger.runs) == 300
+    """,
+    "95": """
+        settings.DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE = 10
+        defer(aforever)
+        await until(1)
+        times(10, note)
+        refused(defer, note, error=queue.Full)
+        aend.set()
+        await until(11)
+        defer(note)
+    """,
+    "105": """
+        def receiver(connection, **kwargs):
+            connections.append(connection)
+
+        connections = []
+        connection_created.connect(receiver)
+        times(20, query)
+        defer(note)
+        await until(1)
+        assert [c for c in connections if c.connection is not None] == []
+    """,
+    "106": """
+        def job():
+            query()
+            note()
+
+        times(20, cut)
+        times(20, job)
+        await until(20)
+    """,
+    "111": """
+        def job():
+            note(connection.in_atomic_block)
+            transaction.atomic().__enter__()
+
+        times(40, job)
+        await until(40)
+        assert not any(ledger.runs)
+    """,
+    "S4": """
+        def job():
+            pass
+
+        job.__name__ = job.__qualname__ = "x" + chr(10) + "CRITICAL forged"
+        defer(job)
+        await server.shutdown()
+        assert not any(chr(10) in line for line in lines.runs)
+    """,
+    "S6": """refused(defer, "os.system", {"args": ["true"]})""",
+}
+# Before a startup, with one of their own, or without any.
+ALONE = {
+    "16": """
+        setattr(settings, WORKERS, 0)
+        assert await Lifespan().startup() == FAILED
+    """,
+    "19": """
+        settings.DJANGO_SIMPLE_TASK_WORKRES = 4
+        assert any("WORKRES" in message.msg for message in run_checks())
+    """,
+    "23": "refused(middleware, plain_app, asgi_version=1, error=ValueError)",
+    "24": "await Lifespan().shutdown()",
+    "32": """
+        await Lifespan().startup()
+        times(6, aforever)
+        await until(1)
+        atexit.register(logged, "lost=5")
+    """,
+    "34": """
+        async def app(scope, receive, send):
+            await receive()
+            await send({"type": COMPLETE})
+            note(await receive())
+            await send({"type": "lifespan.shutdown.complete"})
+
+        server = Lifespan(app)
+        await server.startup()
+        await server.shutdown()
+        assert ledger.runs == [SHUTDOWN]
+    """,
+    "35": """
+        async def app(scope, receive, send):
+            await receive()
+            await send({"type": FAILED, "message": "The cache is cold."})
+
+        assert await Lifespan(app).startup() == FAILED
+    """,
+    "68": """
+        setattr(settings, WORKERS, 40)
+        await Lifespan().startup()
+        times(40, forever)
+        await turns(100)
+        view = asyncio.ensure_future(asyncio.to_thread(dead.note))
+        await until(1, dead)
+        end.set()
+    """,
+    "92": """
+        defer(note)
+        await until(1)
+    """,
+    "100": """
+        setattr(settings, WORKERS, 4)
+        gc.disable()
+        await Lifespan().startup()
+        for _ in range(8):
+            defer(note, {"args": [Watched(10_000_000)]})
+        await until(8)
+        ledger.runs.clear()
+        await until(8, dead)
+    """,
+    "115": """
+        await Lifespan().startup()
+        defer(forever)
+        await until(1)
+    """,
+    "S12": """
+        setattr(settings, WORKERS, 10_000)
+        assert await Lifespan().startup() == FAILED
+    """,
+}
+RUN = """
+try:
+    asyncio.new_event_loop().run_until_complete(run(main) if served else main())
+except (SystemExit, KeyboardInterrupt) as error:
+    raise AssertionError("A job has stopped the loop.") from error
+"""
+
+
+def run_row(row, folder, *paths, hang):
+    """Run the script of a row with the module in the first of the folders."""
+    served = row in SERVED
+    script = textwrap.indent(textwrap.dedent((SERVED | ALONE)[row]), "    ")
+    main = f"async def main({'server' if served else ''}):\n{script}\n"
+    path = os.pathsep.join(map(str, paths))
+    return subprocess.run(
+        [sys.executable, "-c", f"{ADAPTER}\n{main}\nserved = {served}\n{RUN}"],
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "HANG": str(hang)},
+        text=True,
+        timeout=4 * hang,
+    )
+
+
+@pytest.fixture(scope="module")
+def release_0_1_2(tmp_path_factory):
+    """Have pip put it into a folder of its own, for it has the same name."""
+    folder = tmp_path_factory.mktemp("release-0.1.2")
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    pip += ["-q", "--no-deps", "--target", str(folder), "django-simple-task==0.1.2"]
+    subprocess.run(pip, check=True, capture_output=True, timeout=10 * HANG)
+    return folder
+
+
+@pytest.mark.parametrize("row", SERVED | ALONE)
+def test_a_row_that_release_0_1_2_fails_passes(row, tmp_path):
+    """So a script fails there by what the release does, not by itself."""
+    result = run_row(row, tmp_path, HERE, hang=HANG)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", SERVED | ALONE)
+def test_release_0_1_2_fails_the_row(row, release_0_1_2, tmp_path):
+    """By an assertion, or as it hangs; not for want of a name."""
+    try:
+        result = run_row(row, tmp_path, release_0_1_2, HERE, hang=2)
+    except subprocess.TimeoutExpired:
+        return
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("AssertionError"), result.stderr
+
+
+def test_release_0_1_2_fails_forty_rows():
+    """As many as the suite must bite on."""
+    assert len(SERVED | ALONE) >= 40
 
 
 # Demo
