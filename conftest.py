@@ -223,11 +223,11 @@ from django_simple_task import *
 """
 
 
-def run_script(body, *, timeout=HANG, **settings):
+def run_script(body, *, timeout=HANG, dev=True, **settings):
     """Run a script in a process of its own, after django.setup(); kill it if it hangs."""
     code = PREAMBLE.replace("{settings!r}", repr(settings)) + textwrap.dedent(body)
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", code],
+        [sys.executable, *(["-X", "dev"] if dev else []), "-c", code],
         capture_output=True,
         cwd=Path(__file__).parent,
         text=True,
