@@ -1838,7 +1838,8 @@ class _Process:
                 # lets another thread go first. prepare() keeps them from a child.
                 self.prepare()
                 block = secrets.token_hex(16 * 64)
-                self.result_ids.extend(map("".join, zip(*[iter(block)] * 32)))
+                starts = range(0, len(block), 32)
+                self.result_ids.extend([block[start : start + 32] for start in starts])
 
     def unfinished(self) -> bool:
         accounts = self.stats()
@@ -2419,7 +2420,7 @@ class _TaskJob(_Job):
         )
         # Its constructor takes no return value, and copies with care what is a copy.
         result = object.__new__(tasks.TaskResult)
-        for name, value in zip(_RESULT_FIELDS, values):
+        for name, value in zip(_RESULT_FIELDS, values, strict=True):
             object.__setattr__(result, name, value)  # as nobody else may change it
         return result
 
@@ -2443,7 +2444,7 @@ class _TaskJob(_Job):
             _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
 
     def send_while_handling(self, signal: Any, error: BaseException) -> None:
-        """Send a signal whose receiver, Django's for one, logs what is being handled."""
+        """Send a signal whose receivers log what is being handled, as Django's does."""
         try:
             raise error
         except BaseException:
