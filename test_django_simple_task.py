@@ -9182,6 +9182,7 @@ class Chaos:
         return sum(entry.startswith(f"{name}-") for entry in runs)
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
@@ -9218,6 +9219,7 @@ def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
             assert finished <= runs <= finished + in_flight, site.log
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_no_job_runs_twice_when_its_process_is_killed(name, tmp_path):
@@ -9317,6 +9319,7 @@ def run_under_load(body, *, timeout, **settings):
     print(result.stdout)
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     """
@@ -9380,6 +9383,7 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     )
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 @pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 100_000)])
 def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
@@ -9421,6 +9425,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
     )
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     """Faults 96 and S1: of a million jobs 100,000 wait, the rest is refused."""
@@ -9455,6 +9460,7 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     )
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 def test_big_arguments_are_freed_with_their_jobs():
     """Fault 100: of a thousand with 10 MB each no more are there than may wait."""
@@ -9493,6 +9499,7 @@ def test_big_arguments_are_freed_with_their_jobs():
     )
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 def test_ten_thousand_lifespans_leave_nothing_behind():
     """Fault 101: no thread, no file, no asyncio task, no memory."""
@@ -10014,6 +10021,7 @@ def test_a_row_that_release_0_1_2_fails_passes(row, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.by_hand
 @pytest.mark.long
 @pytest.mark.parametrize("row", SERVED | ALONE)
 def test_release_0_1_2_fails_the_row(row, release_0_1_2, tmp_path):
