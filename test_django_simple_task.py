@@ -3642,7 +3642,7 @@ def test_a_job_may_cancel_all_other_tasks_of_the_loop(ledger, caplog):
     assert_accounts_closed()
 
 
-def test_a_job_may_be_cancelled_before_it_has_begun(ledger):
+def test_a_job_may_be_cancelled_before_it_has_begun(ledger, caplog):
     """Which happens where asyncio tasks do not begin at once; the workers go on."""
 
     async def victim():
@@ -3659,22 +3659,18 @@ def test_a_job_may_be_cancelled_before_it_has_begun(ledger):
 
     async def main():
         async with serving():
-            defer(cancel_what_is_new)
-            await asyncio.to_thread(lines_of_errors.wait, 1)
+            with noticing("failed") as failed:
+                defer(cancel_what_is_new)
+                await happens(failed)
             for kind in EXAMPLES:
                 defer_as(kind, ledger.note, "next")
             assert await ajoin(HANG)
 
-    lines_of_errors = Ledger()
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lines_of_errors.note
-    logging.getLogger("django_simple_task").addHandler(handler)
     before = stats()
     with workers(2):
         run(main)
-    logging.getLogger("django_simple_task").removeHandler(handler)
     assert ledger.runs.count("next") == 3
-    (error,) = lines_of_errors.runs
+    (error,) = logged_records(caplog, "ERROR")
     assert "victim" in error.job
     assert outcomes_since(before) == {"accepted": 5, "succeeded": 4, "failed": 1}
 
@@ -8766,6 +8762,15 @@ class Site:
                 self.deferred.append(f"{view}{number}, sync job")
                 self.deferred.append(f"{view}{number}, async job")
 
+    @contextlib.contextmanager
+    def request_in_flight(self):
+        """Have a request wait at the gate, for whose end the server waits in turn."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
+        with contextlib.closing(client):
+            client.request("GET", "/slow")
+            self.at_gate.append(self.gate.accept()[0])
+            yield
+
     def open_gate(self):
         self.gate.close()
         for connection in self.at_gate:
@@ -8873,10 +8878,7 @@ def test_second_sigint_while_uvicorn_waits_for_requests(name, tmp_path):
     with serve(tmp_path, UVICORNS[name]) as site:
         site.put_jobs_at_gate()
         site.defer_jobs()
-        client = http.client.HTTPConnection("127.0.0.1", site.port, timeout=HANG)
-        with contextlib.closing(client):
-            client.request("GET", "/slow")
-            site.at_gate.append(site.gate.accept()[0])
+        with site.request_in_flight():
             site.signal(signal.SIGINT)
             assert site.logs("Waiting for connections to close"), site.log
             site.signal(signal.SIGINT)
@@ -9251,10 +9253,7 @@ def test_sigint_after_sigterm_has_uvicorn_lose_jobs_unreported(name, tmp_path):
     with serve(tmp_path, UVICORNS[name]) as site:
         site.put_jobs_at_gate()
         site.defer_jobs()
-        client = http.client.HTTPConnection("127.0.0.1", site.port, timeout=HANG)
-        with contextlib.closing(client):
-            client.request("GET", "/slow")
-            site.at_gate.append(site.gate.accept()[0])
+        with site.request_in_flight():
             site.signal(signal.SIGTERM)
             assert site.logs("Waiting for connections to close"), site.log
             site.signal(signal.SIGINT)
