@@ -1159,8 +1159,8 @@ def _pop_until(heap: list[_Entry], until: float) -> Iterator[_Entry]:
 # - `waking` is set by whoever wants the loop to look, and reset by the loop before it
 #   looks. So a flood of jobs costs one wake-up, and none is missed.
 # - A pool is closed first and emptied afterwards; whoever has queued a job looks
-#   whether the pool is closed, and empties it, too. So a job that meets the end of a
-#   pool is run by the next.
+#   whether the pool is closed, and empties it, too; whoever has taken one looks, and
+#   gives it away. So a job that meets the end of a pool is run by the next.
 # - defer() takes no lock and waits for nothing: signal handlers and `__del__` may call
 #   it in the middle of anything, itself included.
 # - A worker is no asyncio task, which a job could cancel, but callbacks of the loop and
@@ -1310,10 +1310,15 @@ class _Worker:
 
     def take(self) -> _Job | None:
         """Take the next job from the queue: from here on it is in flight."""
-        job = self.pool.queue.get()
-        if job is not None:
-            _process.in_flight[job] = self
-            self.started = monotonic()
+        pool = self.pool
+        job = pool.queue.get()
+        if job is None:
+            return None
+        if pool.closed:
+            pool.give_away(job, None)
+            return None
+        _process.in_flight[job] = self
+        self.started = monotonic()
         return job
 
     def run(self, job: _Job | None, coroutine: _Coroutine | None = None) -> None:

@@ -4791,6 +4791,47 @@ def test_a_job_that_comes_as_the_server_ends_runs_elsewhere(delay, ledger):
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
+    """Fault 94: the server's loop looks at the queue once more, and leaves it there."""
+    defers, ending, queued, ended = (threading.Event() for _ in range(4))
+
+    def put_late(put, job):
+        defers.set()
+        assert ending.wait(HANG)
+        put(job)
+        queued.set()
+        assert ended.wait(HANG)
+
+    async def end_lanes(pool, end_lanes):
+        ends = asyncio.ensure_future(end_lanes())
+        await asyncio.sleep(0)
+        ending.set()
+        assert queued.wait(HANG)
+        pool.wake()  # as another job has that came a moment before
+        await ends
+
+    async def main():
+        async with serving() as server:
+            defer(ledger.note, {"args": ["first"]})
+            assert await ajoin(HANG)
+            (pool,) = django_simple_task._process.pools
+            pool.queue.put = partial(put_late, pool.queue.put)
+            pool.end_lanes = partial(end_lanes, pool, pool.end_lanes)
+            late = threading.Thread(target=defer_as, args=(kind, ledger.note, "late"))
+            late.start()
+            await happens(defers)
+            await server.shutdown()
+            ended.set()
+            late.join(HANG)
+            assert await ajoin(HANG)
+
+    before = stats()
+    run(main)
+    assert outcomes_since(before) == {"accepted": 2, "succeeded": 2}
+    assert len(ledger.runs) == 2
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
     """Pending, scheduled and retry-waiting jobs move in order; in-flight ones stay."""
     result = run_well(
