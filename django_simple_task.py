@@ -287,19 +287,15 @@ def defer(
         return _defer_task(func, arguments, options)
     else:
         on_loop = _is_coroutine_function(func)
-    args, kwargs = _NO_ARGUMENTS
-    if arguments is not None:
-        args, kwargs = _check_arguments(arguments)
-    checked, delay, kind_of_job = _NO_OPTIONS, None, _Job
+    args, kwargs = _NO_ARGUMENTS if arguments is None else _check_arguments(arguments)
+    checked, delay = _NO_OPTIONS, None
     if options is not None:
         checked, delay = _check_options(options, on_loop)
-        if checked.timeout is not None:
-            kind_of_job = _TimedJob
-        elif checked.thread_sensitive and not on_loop:
-            kind_of_job, on_loop = _SharedJob, True
+        on_loop = on_loop or checked.thread_sensitive  # asgiref is called from there
     pool = _pool_with_room()
     number = _process.accepted.step()
-    _put(kind_of_job(func, args, kwargs, on_loop, checked, number), pool, delay)
+    call = (func, args, kwargs, on_loop, checked, _capture_context(), number)
+    _put(call, checked.priority, pool, delay)
 
 
 # What the flags of a function tell of its kind, at a glance.
@@ -329,16 +325,18 @@ def _pool_with_room(*, movable: bool = False) -> _Pool | None:
     return pool
 
 
-def _put(job: _Job, pool: _Pool | None, delay: float | None) -> None:
+def _put(
+    job: _Job | _Call, priority: int, pool: _Pool | None, delay: float | None
+) -> None:
     """Queue a job for now or for `delay` seconds later; or run it, under IMMEDIATE."""
     if logger.isEnabledFor(logging.DEBUG):
-        _log(logging.DEBUG, job, "deferred")
+        _log(logging.DEBUG, _job_of(job), "deferred")
     if pool is None:
-        _run_immediately(job)
+        _run_immediately(_job_of(job))
     elif delay is None:
-        pool.put(job)
+        pool.put(job, priority)
     else:
-        pool.put_later(job, monotonic() + delay)
+        pool.put_later(_job_of(job), monotonic() + delay)
 
 
 def join(timeout: float | None = None) -> bool:
@@ -434,10 +432,10 @@ def _run_immediately(job: _Job) -> None:
     while delay is not None:
         _process.in_flight[job] = worker
         worker.started = monotonic()
-        context = job.begin(worker.name) or Context()
-        coroutine, error = _run_in_thread(job, context)
-        if coroutine is not None:
-            here = functools.partial(context.run, _await_here, job, coroutine)
+        job.begin(worker.name)
+        error = _run_in_thread(job)
+        if job.coroutine is not None:
+            here = functools.partial(job.context.run, _await_here, job)
             error = _off_the_loop(here)
         delay = _record(job, error)
     _process.notify()
@@ -455,9 +453,9 @@ class _Immediate:
 
 
 @async_to_sync
-async def _await_here(job: _Job, coroutine: _Coroutine) -> BaseException | None:
+async def _await_here(job: _Job) -> BaseException | None:
     try:
-        value = await coroutine
+        value = await job.call_on_loop()
         if job.observed:
             job.keep(value)
     except BaseException as error:
@@ -513,17 +511,10 @@ _NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 class _Job:
     """The record of one call: what to call, in which context, how often tried."""
 
-    __slots__ = (
-        "args",
-        "attempt",
-        "context",
-        "func",
-        "kwargs",
-        "number",
-        "on_loop",
-        "options",
-    )
+    # No __slots__: making a job would take half as much time again.
 
+    # Its context as it was, if there may be several attempts.
+    pristine: Context | None = None
     # Whether signals tell of its life. Their receivers may use the ORM, so that such a
     # job begins and ends in a thread.
     observed = False
@@ -537,6 +528,7 @@ class _Job:
         kwargs: dict[str, Any],
         on_loop: bool,
         options: _Options,
+        context: Context,
         number: int = 0,
     ) -> None:
         self.func = func
@@ -544,9 +536,11 @@ class _Job:
         self.kwargs = kwargs
         self.on_loop = on_loop
         self.options = options
-        self.context = _capture_context()
-        self.attempt = 0
+        self.context = context
         self.number = number
+        self.attempt = 0
+        # What its call has given and is to be awaited still.
+        self.coroutine: _Coroutine | None = None
 
     @property
     def id(self) -> int | str:
@@ -556,24 +550,38 @@ class _Job:
     def name(self) -> str:
         return _name(self.func)
 
-    def attempt_context(self) -> Context:
-        """The job's context; a copy of it, if another attempt may need it untouched."""
-        return self.context if self.options.max_attempts == 1 else self.context.copy()
-
-    def begin(self, worker: str) -> Context | None:
-        """Begin an attempt and return its context, None if a drain gave the job up."""
+    def begin(self, worker: str) -> bool:
+        """Begin an attempt. Return False if a drain has given the job up."""
         # First this, then a look; the drain takes the job, then looks at this.
         self.attempt += 1
         if self not in _process.in_flight:
-            return None
+            return False
+        if self.options is not _NO_OPTIONS and self.options.max_attempts > 1:
+            self.renew_context()
         if self.observed:
             self.start(worker)
-        return self.attempt_context()
+        return True
+
+    def renew_context(self) -> None:
+        """Hide from this attempt what the one before has set."""
+        self.pristine = self.pristine or self.context
+        self.context = self.pristine.copy()
 
     def call(self) -> Any:
-        return self.func(*self.args, **self.kwargs)
+        if self.kwargs:
+            return self.func(*self.args, **self.kwargs)
+        return self.func(*self.args)  # or Python would make another dict
 
-    call_on_loop = call
+    def call_on_loop(self) -> Any:
+        """Return what is to be awaited on the loop."""
+        if self.options is _NO_OPTIONS and self.coroutine is None:
+            return self.call()
+        if self.options.thread_sensitive and self.coroutine is None:
+            return _in_shared_thread(self)
+        coroutine, self.coroutine = self.coroutine or self.call(), None
+        if self.options.timeout is None:
+            return coroutine
+        return _within_timeout(self, coroutine)
 
     def succeed(self, started: float) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -608,24 +616,21 @@ class _Job:
         """Tell that it has ended."""
 
 
-class _TimedJob(_Job):
-    """A coroutine function that has a timeout."""
+# What makes a _Job. Calls wait as such tuples: to make one takes half the time, and so
+# it does to look at it whenever garbage is collected.
+_Call = tuple[
+    Callable[..., Any],
+    tuple[Any, ...],
+    dict[str, Any],
+    bool,
+    _Options,
+    Context,
+    int,
+]
 
-    __slots__ = ()
 
-    def call(self) -> _Coroutine:
-        return _within_timeout(self, super().call())
-
-    call_on_loop = call
-
-
-class _SharedJob(_Job):
-    """A sync job for asgiref's thread-sensitive thread, which others use as well."""
-
-    __slots__ = ()
-
-    def call_on_loop(self) -> _Coroutine:
-        return _in_shared_thread(self)
+def _job_of(job: _Job | _Call) -> _Job:
+    return _Job(*job) if type(job) is tuple else job
 
 
 def _name(func: Any) -> str:
@@ -736,6 +741,8 @@ def _check_options(options: Any, on_loop: bool) -> tuple[_Options, float | None]
             'options["timeout"] is for coroutine functions: a thread cannot be '
             "interrupted."
         )
+    if on_loop:
+        checked = checked._replace(thread_sensitive=False)  # it has no meaning there
     return checked, delay
 
 
@@ -841,71 +848,21 @@ def _enter_and_call(job: _Job) -> Any:
     return job.call()
 
 
-def _run_in_thread(
-    job: _Job, context: Context
-) -> tuple[_Coroutine | None, BaseException | None]:
+def _run_in_thread(job: _Job) -> BaseException | None:
     """
-    Call a job in this thread. Return the coroutine that the call gave, which is to be
-    awaited still, and the exception that it raised.
+    Call a job in this thread. Return what it raised. If the call gave a coroutine, that
+    is left in the job, to be awaited.
 
-    Here and on the loop exceptions of every kind end: a job's SystemExit is no reason
-    to stop the server, and its CancelledError says nothing about us.
+    Here and in _Worker.steps() exceptions of every kind end: a job's SystemExit is no
+    reason to stop the server, and its CancelledError says nothing about us.
     """
     try:
-        value = context.run(_enter_and_call, job)
+        value = job.context.run(_enter_and_call, job)
         if value is not None and inspect.iscoroutine(value):
-            return value, None
-        if job.observed:
+            job.coroutine = value
+        elif job.observed:
             job.keep(value)
     except BaseException as error:
-        return None, error
-    return None, None
-
-
-def _first_step(
-    job: _Job, coroutine: _Coroutine | None, sensitive: _Sensitive
-) -> tuple[_Coroutine | None, Any]:
-    """
-    On the loop, in the job's context: go as far as the job goes without waiting. Return
-    its coroutine and what that awaits; or None and the exception that it raised.
-    """
-    try:
-        if len(job.context):
-            _leave_request(job.context)
-        _thread_sensitive_context.set(sensitive)
-        if coroutine is None:
-            coroutine = job.call_on_loop()
-        if type(coroutine) is not CoroutineType:
-            coroutine = _awaiting(coroutine)
-        try:
-            return coroutine, coroutine.send(None)
-        except StopIteration as end:
-            if job.observed:
-                job.keep(end.value)
-    except BaseException as error:
-        return None, error
-    return None, None
-
-
-@awaitable_generator
-def _other_steps(
-    job: _Job, coroutine: _Coroutine, awaited: Any, context: Context
-) -> Generator[Any, Any, BaseException | None]:
-    """Await what is left, each step in the job's context. Return what it raised."""
-    try:
-        try:
-            while True:
-                try:
-                    answer = yield awaited
-                except BaseException as error:
-                    awaited = context.run(coroutine.throw, error)
-                else:
-                    awaited = context.run(coroutine.send, answer)
-        except StopIteration as end:
-            if job.observed:
-                job.keep(end.value)
-    except BaseException as error:
-        del awaited  # or an exception would keep itself alive, by way of this frame
         return error
     return None
 
@@ -1089,8 +1046,7 @@ class _Queue:
         """Return the number of jobs that a worker may take."""
         return sum([len(level) for _, level in self._order])
 
-    def put(self, job: _Job) -> None:
-        priority = job.options.priority
+    def put(self, job: _Job | _Call, priority: int) -> None:
         try:
             self._levels[priority].append(job)
         except KeyError:
@@ -1111,17 +1067,21 @@ class _Queue:
         for _, level in self._order:
             if level:
                 try:
-                    return level.popleft()
+                    job = level.popleft()
                 except IndexError:  # another worker was faster
                     continue
+                if type(job) is tuple:
+                    func, args, kwargs, on_loop, options, context, number = job
+                    return _Job(func, args, kwargs, on_loop, options, context, number)
+                return job
         return None
 
     def advance(self, now: float, *, retry_at_once: bool) -> float:
         """Make ready what is due. Return when the next job will be."""
         for _, _, job in _pop_until(self.retries, math.inf if retry_at_once else now):
-            self.put(job)
+            self.put(job, job.options.priority)
         for _, _, job in _pop_until(self.scheduled, now):
-            self.put(job)
+            self.put(job, job.options.priority)
         firsts = self.retries[:1] + self.scheduled[:1]
         return min((due for due, _, _ in firsts), default=math.inf)
 
@@ -1305,6 +1265,9 @@ class _Worker:
         # none that was cancelled on the way.
         self.next: Callable[[], None] | None = None
         self.started = 0.0
+        # What its job on the loop has raised.
+        self.error: BaseException | None = None
+        self.start_steps()
         # Whether its job was given up and goes on all the same.
         self.overdue = False
 
@@ -1321,21 +1284,21 @@ class _Worker:
         self.started = monotonic()
         return job
 
-    def run(self, job: _Job | None, coroutine: _Coroutine | None = None) -> None:
+    def run(self, job: _Job | None) -> None:
         """On the loop: run a job where it belongs, and those after it."""
         if job is None:
             return self.rest()
-        if coroutine is None and not job.on_loop:
+        if not job.on_loop and job.coroutine is None:
             self.carried = (job, None, False)
             return self.go_to_lane()
-        task = _start_task(self.run_in_task(job, coroutine), loop=self.pool.loop)
+        task = _start_task(self.run_in_task(job), loop=self.pool.loop)
         if task.done():
             self.go_on(job, task)
         else:
             done = functools.partial(self.go_on, job)
             task.add_done_callback(done, context=self.pool.context)
 
-    async def run_in_task(self, job: _Job | None, coroutine: _Coroutine | None) -> None:
+    async def run_in_task(self, job: _Job | None) -> None:
         """
         Run jobs in one asyncio task, until one has waited or belongs in the lane; leave
         word what is to be done next.
@@ -1346,21 +1309,23 @@ class _Worker:
         """
         pool = self.pool
         task = asyncio.current_task()
-        while job is not None and (job.on_loop or coroutine is not None):
-            if coroutine is None:
+        while job is not None and (job.on_loop or job.coroutine is not None):
+            if job.coroutine is None:
                 if self.started >= pool.slice_end:
                     self.next = functools.partial(pool.hand_back, self, job)
                     return
-                context = job.begin(self.name)
-                if context is None:
+                if not job.begin(self.name):
                     job = self.take()
                     continue
-            else:
-                context = job.attempt_context()
-            left, error = context.run(_first_step, job, coroutine, self.sensitive)
-            if left is not None:
+            elif job not in _process.in_flight:  # a drain gave it up on its way here
+                job.coroutine.close()
+                job = self.take()
+                continue
+            awaited = self.advance(job, self.send, job)
+            if awaited is not self:
                 self.task = task
-                error = await _other_steps(job, left, error, context)
+                await self.other_steps(job, awaited)
+            error, self.error = self.error, None
             if job.observed:
                 self.carried = (job, error, True)
                 error = None
@@ -1368,12 +1333,63 @@ class _Worker:
                 return
             self.finish(job, error)
             error = None  # or it would keep itself alive, by way of this frame
-            coroutine = None
             if self.task is not None or _cancelling(task):
                 self.next = functools.partial(pool.hand_back, self, None)
                 return
             job = self.take()
         self.next = functools.partial(self.run, job)
+
+    @awaitable_generator
+    def run_steps(self) -> Generator[Any, Any, None]:
+        """
+        Run the coroutine jobs that are sent in, each send() in the context of its job.
+        Give out what a job awaits; the worker itself, when a job has ended.
+
+        One generator for many jobs: a coroutine that ends inside of another spares the
+        StopIteration, which takes as long as all else.
+        """
+        while True:
+            job = yield self
+            try:
+                if len(job.context):
+                    _leave_request(job.context)
+                _thread_sensitive_context.set(self.sensitive)
+                coroutine = job.call_on_loop()
+                if type(coroutine) is not CoroutineType:
+                    coroutine = _awaiting(coroutine)
+                value = yield from coroutine
+                if job.observed:
+                    job.keep(value)
+            except GeneratorExit as error:  # also when this generator is thrown away
+                self.error = error
+                return
+            except BaseException as error:
+                self.error = error
+            job = coroutine = value = None  # or they would live until the next one
+
+    def start_steps(self) -> None:
+        steps = self.run_steps()
+        next(steps)
+        self.send, self.throw = steps.send, steps.throw
+
+    def advance(self, job: _Job, step: Callable[[Any], Any], value: Any) -> Any:
+        """Go on with a job, in its context, as far as it goes without waiting."""
+        try:
+            return job.context.run(step, value)
+        except StopIteration:  # no generator outlives a GeneratorExit
+            self.start_steps()
+            return self
+
+    @awaitable_generator
+    def other_steps(self, job: _Job, awaited: Any) -> Generator[Any, Any, None]:
+        """Await what a job awaits, until it has ended."""
+        while awaited is not self:
+            try:
+                answer = yield awaited
+            except BaseException as error:
+                awaited = self.advance(job, self.throw, error)
+            else:
+                awaited = self.advance(job, self.send, answer)
 
     def go_on(self, job: _Job, task: asyncio.Task[None]) -> None:
         """On the loop: do what is next after a task."""
@@ -1405,13 +1421,12 @@ class _Worker:
                     return self.pool.hand_back(self, job)
                 if lane.connected:
                     lane.clean()
-                context = job.begin(self.name)
-                if context is None:
+                if not job.begin(self.name):
                     job = self.take()
                     continue
-                coroutine, error = _run_in_thread(job, context)
-                if coroutine is not None:
-                    return self.pool.hand_back(self, job, coroutine)
+                error = _run_in_thread(job)
+                if job.coroutine is not None:
+                    return self.pool.hand_back(self, job)
             self.finish(job, error)
             error = None  # or it would live, with all its frames, until the next one
             ended = False
@@ -1473,7 +1488,7 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.idle: set[_Worker] = set()
         # Workers on their way back to the loop, with what they are to go on with.
-        self.returning: deque[tuple[_Worker, _Job | None, _Coroutine | None]] = deque()
+        self.returning: deque[tuple[_Worker, _Job | None]] = deque()
         self.waking = False
         self.closed = False
         self.heir: _Pool | None = None
@@ -1487,11 +1502,11 @@ class _Pool:
 
     # From any thread
 
-    def put(self, job: _Job) -> None:
-        self.queue.put(job)
+    def put(self, job: _Job | _Call, priority: int) -> None:
+        self.queue.put(job, priority)
         if self.closed:
             self.evict()
-        elif self.idle:
+        elif self.idle and (not self.waking or self.loop.is_closed()):
             self.wake()
 
     def put_later(self, job: _Job, due: float) -> None:
@@ -1501,11 +1516,9 @@ class _Pool:
         elif first or self.draining:
             self.wake()
 
-    def hand_back(
-        self, worker: _Worker, job: _Job | None, coroutine: _Coroutine | None = None
-    ) -> None:
+    def hand_back(self, worker: _Worker, job: _Job | None) -> None:
         """Let a worker go on at the loop's next turn."""
-        self.returning.append((worker, job, coroutine))
+        self.returning.append((worker, job))
         self.wake()
 
     def wake(self) -> None:
@@ -1536,7 +1549,7 @@ class _Pool:
         except RuntimeError:  # just now no thread can be started
             return _lose([job])
         if due is None:
-            pool.put(job)
+            pool.put(job, job.options.priority)
         else:
             pool.put_later(job, due)
 
@@ -1559,8 +1572,8 @@ class _Pool:
         self.slice_end = now + _SLICE
         self.set_timer(self.queue.advance(now, retry_at_once=self.draining))
         for _ in range(len(self.returning)):
-            worker, job, coroutine = self.returning.popleft()
-            worker.run(job or worker.take(), coroutine)
+            worker, job = self.returning.popleft()
+            worker.run(job or worker.take())
         while self.idle and self.queue.ready():
             worker = self.idle.pop()
             worker.run(worker.take())
@@ -2365,8 +2378,6 @@ class _TaskState(NamedTuple):
 class _TaskJob(_Job):
     """A Task that was enqueued: a job with a result, of whose life signals tell."""
 
-    __slots__ = ("backend", "movable", "result_id", "state", "task", "value")
-
     observed = True
 
     def __init__(
@@ -2390,7 +2401,7 @@ class _TaskJob(_Job):
             raise ValueError(
                 "The arguments are nested too deep, or in a circle."
             ) from None
-        super().__init__(task.func, args, kwargs, False, options)
+        super().__init__(task.func, args, kwargs, False, options, _capture_context())
         self.backend = backend
         self.task = task
         self.movable = given["OVERFLOW_BACKEND"] is not None
@@ -2463,7 +2474,8 @@ class _TaskJob(_Job):
 
     def accept(self, pool: _Pool | None) -> None:
         self.number = _process.accepted.step()
-        _put(self, pool, _seconds_until(self.task.run_after))
+        delay = _seconds_until(self.task.run_after)
+        _put(self, self.options.priority, pool, delay)
 
     def register(self) -> Any:
         """Make the result known, and return it."""
@@ -2494,8 +2506,7 @@ class _TaskJob(_Job):
         if self.task.takes_context:
             context = tasks.base.TaskContext(task_result=self.snapshot())
             args = [context, *args]
-        value = self.func(*args, **kwargs)
-        return value if self.options.timeout is None else _within_timeout(self, value)
+        return self.func(*args, **kwargs)
 
     def keep(self, value: Any) -> None:
         self.value = _copy_json(value)

@@ -4795,10 +4795,10 @@ def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
     """Fault 94: the server's loop looks at the queue once more, and leaves it there."""
     defers, ending, queued, ended = (threading.Event() for _ in range(4))
 
-    def put_late(put, job):
+    def put_late(put, *job):
         defers.set()
         assert ending.wait(HANG)
-        put(job)
+        put(*job)
         queued.set()
         assert ended.wait(HANG)
 
