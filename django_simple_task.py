@@ -276,13 +276,11 @@ def defer(
     full, ImproperlyConfigured when the app or a setting is not in order, and
     RuntimeError when the interpreter is shutting down. Nothing was queued then.
     """
-    on_loop = False
-    if type(func) is FunctionType:
-        kind = func.__code__.co_flags & _KINDS
-        if kind == _COROUTINE:
-            on_loop = True
-        elif kind or func.__dict__:
-            on_loop = _is_coroutine_function(func)
+    kind = func.__code__.co_flags & _KINDS if type(func) is FunctionType else None
+    if kind == _COROUTINE:
+        on_loop = True
+    elif kind == 0 and not func.__dict__:
+        on_loop = False
     elif tasks is not None and isinstance(func, tasks.base.Task):
         return _defer_task(func, arguments, options)
     else:
@@ -292,10 +290,17 @@ def defer(
     if options is not None:
         checked, delay = _check_options(options, on_loop)
         on_loop = on_loop or checked.thread_sensitive  # asgiref is called from there
-    pool = _pool_with_room()
+    try:
+        pool = _pool_with_room()
+    except QueueFull:
+        _process.rejected.step()
+        raise
     number = _process.accepted.step()
     call = (func, args, kwargs, on_loop, checked, _capture_context(), number)
-    _put(call, checked.priority, pool, delay)
+    if pool is None or delay is not None or logger.isEnabledFor(logging.DEBUG):
+        _put(_Job(*call), pool, delay)
+    else:
+        pool.put(call, checked.priority)
 
 
 # What the flags of a function tell of its kind, at a glance.
@@ -308,35 +313,34 @@ _KINDS = (
 )
 
 
-def _pool_with_room(*, movable: bool = False) -> _Pool | None:
+def _pool_with_room() -> _Pool | None:
     """Return where a job may wait, None under IMMEDIATE; or raise why it may not."""
-    if _looked_up.get(_IMMEDIATE) is not False and _setting(_IMMEDIATE):
+    try:
+        immediate, maxsize = _looked_up[_IMMEDIATE], _looked_up[_QUEUE_MAXSIZE]
+    except KeyError:
+        immediate = maxsize = None
+    if immediate is not False and _setting(_IMMEDIATE):
         _check_installed()
         return None
     pools = _process.pools
     pool = pools[0] if len(pools) == 1 else _process.serving_pool()
-    maxsize = _looked_up.get(_QUEUE_MAXSIZE)
     if type(maxsize) is not int or maxsize < 0:
         maxsize = _setting(_QUEUE_MAXSIZE)
     if maxsize and pool.queue.qsize() >= maxsize:
-        if not movable:
-            _process.rejected.step()
         raise QueueFull
     return pool
 
 
-def _put(
-    job: _Job | _Call, priority: int, pool: _Pool | None, delay: float | None
-) -> None:
+def _put(job: _Job, pool: _Pool | None, delay: float | None) -> None:
     """Queue a job for now or for `delay` seconds later; or run it, under IMMEDIATE."""
     if logger.isEnabledFor(logging.DEBUG):
-        _log(logging.DEBUG, _job_of(job), "deferred")
+        _log(logging.DEBUG, job, "deferred")
     if pool is None:
-        _run_immediately(_job_of(job))
+        _run_immediately(job)
     elif delay is None:
-        pool.put(job, priority)
+        pool.put(job, job.options.priority)
     else:
-        pool.put_later(_job_of(job), monotonic() + delay)
+        pool.put_later(job, monotonic() + delay)
 
 
 def join(timeout: float | None = None) -> bool:
@@ -629,10 +633,6 @@ _Call = tuple[
 ]
 
 
-def _job_of(job: _Job | _Call) -> _Job:
-    return _Job(*job) if type(job) is tuple else job
-
-
 def _name(func: Any) -> str:
     """Name what a job calls; not by its repr, which may show arguments."""
     while isinstance(func, functools.partial):
@@ -843,7 +843,8 @@ _capture_context = copy_context if _Storage else _copy_context_and_locals
 
 
 def _enter_and_call(job: _Job) -> Any:
-    _leave_request(job.context)
+    if len(job.context):
+        _leave_request(job.context)
     _inside_job.set(True)
     return job.call()
 
@@ -1321,7 +1322,11 @@ class _Worker:
                 job.coroutine.close()
                 job = self.take()
                 continue
-            awaited = self.advance(job, self.send, job)
+            try:
+                awaited = job.context.run(self.send, job)
+            except StopIteration:
+                awaited = self
+                self.start_steps()
             if awaited is not self:
                 self.task = task
                 await self.other_steps(job, awaited)
@@ -2466,16 +2471,16 @@ class _TaskJob(_Job):
     def find_room(self) -> tuple[_Pool | None, Any]:
         """Return where it may wait; or, with None, the Task to enqueue elsewhere."""
         try:
-            return _pool_with_room(movable=self.movable), None
+            return _pool_with_room(), None
         except QueueFull:
             if not self.movable:
+                _process.rejected.step()
                 raise
             return None, self.moved_task()
 
     def accept(self, pool: _Pool | None) -> None:
         self.number = _process.accepted.step()
-        delay = _seconds_until(self.task.run_after)
-        _put(self, self.options.priority, pool, delay)
+        _put(self, pool, _seconds_until(self.task.run_after))
 
     def register(self) -> Any:
         """Make the result known, and return it."""
