@@ -61,7 +61,7 @@ import traceback
 import warnings
 import weakref
 from bisect import insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -1034,8 +1034,8 @@ class _Queue:
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, deque[_Job]] = {}
-        self._order: list[tuple[int, deque[_Job]]] = []  # the highest priority first
+        self._levels: dict[int, deque[_Job | _Call]] = {}
+        self._order: list[tuple[int, deque[_Job | _Call]]] = []  # the highest priority first
         self.retries: list[_Entry] = []  # heaps, the first due first
         self.scheduled: list[_Entry] = []
 
@@ -1051,7 +1051,7 @@ class _Queue:
         try:
             self._levels[priority].append(job)
         except KeyError:
-            level = deque([job])
+            level: deque[_Job | _Call] = deque([job])
             if self._levels.setdefault(priority, level) is level:
                 insort(self._order, (-priority, level))
             else:  # another thread was faster
@@ -1071,7 +1071,7 @@ class _Queue:
                     job = level.popleft()
                 except IndexError:  # another worker was faster
                     continue
-                if type(job) is tuple:
+                if isinstance(job, tuple):
                     func, args, kwargs, on_loop, options, context, number = job
                     return _Job(func, args, kwargs, on_loop, options, context, number)
                 return job
@@ -1281,8 +1281,8 @@ class _Worker:
         if pool.closed:
             pool.give_away(job, None)
             return None
-        _process.in_flight[job] = self
         self.started = monotonic()
+        _process.in_flight[job] = self
         return job
 
     def run(self, job: _Job | None) -> None:
@@ -1817,7 +1817,8 @@ class _Process:
         self.retiring: list[_Background] = []
         self.in_flight: dict[_Job, _Worker | _Immediate] = {}
         self.results: dict[str, _TaskJob] = {}
-        self.finished: dict[str, deque[str]] = {}  # ids by alias, the oldest first
+        # Ids by alias, the oldest first.
+        self.finished: defaultdict[str, deque[str]] = defaultdict(deque)
         self.result_ids: deque[str] = deque()
         self.watchers: dict[object, Callable[[], None]] = {}
         self.requests_seen = False
@@ -2297,7 +2298,7 @@ class SimpleTaskBackend(BaseTaskBackend):
         if moved_task is not None:
             return moved_task.enqueue(*args, **kwargs)
         result = job.register()
-        job.tell(tasks.signals.task_enqueued)
+        job.tell(tasks.signals.task_enqueued, result)
         job.accept(pool)
         return job.snapshot() if pool is None else result
 
@@ -2311,7 +2312,7 @@ class SimpleTaskBackend(BaseTaskBackend):
             return await moved_task.aenqueue(*args, **kwargs)
         result = job.register()
         try:
-            await job.announce()
+            await job.announce(result)
         finally:  # also when the caller was cancelled meanwhile: it has been announced
             job.accept(pool)
         return result
@@ -2343,6 +2344,18 @@ class SimpleTaskBackend(BaseTaskBackend):
             for name, field in _BACKEND_OPTIONS.items()
         }
 
+    def job_options(self, task: Any) -> _Options:
+        """Return the options of a Task's job."""
+        ours = self.checked_options
+        if not self.options and not task.priority:
+            return _NO_OPTIONS
+        return _NO_OPTIONS._replace(
+            priority=task.priority,
+            timeout=ours["TIMEOUT"] if iscoroutinefunction(task.func) else None,
+            max_attempts=ours["MAX_ATTEMPTS"],
+            backoff=ours["BACKOFF"],
+        )
+
     def job(self, result_id: str) -> _TaskJob | None:
         job = _process.results.get(result_id)
         return job if job is not None and job.backend.alias == self.alias else None
@@ -2368,18 +2381,6 @@ _BACKEND_OPTIONS = {
 }
 
 
-class _TaskState(NamedTuple):
-    """What changes in a TaskResult; replaced as a whole: no reader sees half."""
-
-    status: Any
-    enqueued_at: datetime | None = None
-    started_at: datetime | None = None
-    last_attempted_at: datetime | None = None
-    finished_at: datetime | None = None
-    errors: tuple[Any, ...] = ()
-    worker_ids: tuple[str, ...] = ()
-
-
 class _TaskJob(_Job):
     """A Task that was enqueued: a job with a result, of whose life signals tell."""
 
@@ -2389,30 +2390,34 @@ class _TaskJob(_Job):
         self, backend: SimpleTaskBackend, task: Any, args: Any, kwargs: Any
     ) -> None:
         backend.validate_task(task)
-        given = backend.checked_options
-        timeout = given["TIMEOUT"]
-        if timeout is not None and not iscoroutinefunction(task.func):
-            timeout = None
-        options = _Options(
-            thread_sensitive=False,
-            priority=task.priority,
-            timeout=timeout,
-            max_attempts=given["MAX_ATTEMPTS"],
-            backoff=given["BACKOFF"],
-        )
         try:
             args, kwargs = _copy_json(args), _copy_json(kwargs)
         except RecursionError:
             raise ValueError(
                 "The arguments are nested too deep, or in a circle."
             ) from None
+        options = backend.job_options(task)
         super().__init__(task.func, args, kwargs, False, options, _capture_context())
         self.backend = backend
         self.task = task
-        self.movable = given["OVERFLOW_BACKEND"] is not None
+        self.movable = backend.options.get("OVERFLOW_BACKEND") is not None
         self.result_id = _process.new_result_id()
-        self.state = _TaskState(tasks.TaskResultStatus.READY)
-        self.value: Any = None
+        # The fields of its TaskResult. Replaced as a whole: no reader sees half.
+        self.state = {
+            "task": task,
+            "id": self.result_id,
+            "status": tasks.TaskResultStatus.READY,
+            "enqueued_at": None,
+            "started_at": None,
+            "finished_at": None,
+            "last_attempted_at": None,
+            "args": args,
+            "kwargs": kwargs,
+            "backend": backend.alias,
+            "errors": [],
+            "worker_ids": [],
+            "_return_value": None,
+        }
 
     @property
     def id(self) -> str:
@@ -2421,52 +2426,42 @@ class _TaskJob(_Job):
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
         state = self.state
-        values = (
-            self.task,
-            self.result_id,
-            state.status,
-            state.enqueued_at,
-            state.started_at,
-            state.finished_at,
-            state.last_attempted_at,
-            _copy_json(self.args),
-            _copy_json(self.kwargs),
-            self.backend.alias,
-            list(state.errors),
-            list(state.worker_ids),
-            _copy_json(self.value),
-        )
+        own = {
+            "args": _copy_json(state["args"]),
+            "kwargs": _copy_json(state["kwargs"]),
+            "errors": state["errors"].copy(),
+            "worker_ids": state["worker_ids"].copy(),
+            "_return_value": _copy_json(state["_return_value"]),
+        }
         # Its constructor takes no return value, and copies with care what is a copy.
         result = object.__new__(tasks.TaskResult)
-        for name, value in zip(_RESULT_FIELDS, values, strict=True):
+        for name, value in {**state, **own}.items():
             object.__setattr__(result, name, value)  # as nobody else may change it
         return result
 
     def change(self, **changes: Any) -> None:
-        self.state = self.state._replace(**changes)
+        self.state = {**self.state, **changes}
 
-    def tell(self, signal: Any, error: BaseException | None = None) -> None:
+    def tell(
+        self, signal: Any, result: Any, error: BaseException | None = None
+    ) -> None:
         """Send a signal, off the loop, since receivers may use the ORM."""
         try:
-            _off_the_loop(functools.partial(self.send, signal, error))
+            _off_the_loop(functools.partial(self.send, signal, result, error))
         except RuntimeError as failure:  # no thread can be started
             _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
 
-    def send(self, signal: Any, error: BaseException | None) -> None:
+    def send(self, signal: Any, result: Any, error: BaseException | None) -> None:
         with _reported(_NOT_DELIVERED):
-            if error is None:
-                signal.send_robust(type(self.backend), task_result=self.snapshot())
+            try:
+                if error is not None:
+                    raise error  # receivers log what is being handled: Django's do
+            except BaseException:
+                signal.send_robust(type(self.backend), task_result=result)
             else:
-                self.send_while_handling(signal, error)
-
-    def send_while_handling(self, signal: Any, error: BaseException) -> None:
-        """Send a signal whose receivers log what is being handled, as Django's does."""
-        try:
-            raise error
-        except BaseException:
-            signal.send_robust(type(self.backend), task_result=self.snapshot())
-        finally:
-            del error  # or it would keep itself alive, by way of this frame
+                signal.send_robust(type(self.backend), task_result=result)
+            finally:
+                del error  # or it would keep itself alive, by way of this frame
 
     def find_room(self) -> tuple[_Pool | None, Any]:
         """Return where it may wait; or, with None, the Task to enqueue elsewhere."""
@@ -2485,26 +2480,25 @@ class _TaskJob(_Job):
     def register(self) -> Any:
         """Make the result known, and return it."""
         self.change(enqueued_at=now_in_django())
-        result = self.snapshot()
         _process.results[self.result_id] = self
-        return result
+        return self.snapshot()
 
-    async def announce(self) -> None:
+    async def announce(self, result: Any) -> None:
         """Tell that it is queued, without blocking the loop."""
         # Not by sync_to_async() nor asend(), with which the SystemExit of an async
         # receiver would end the caller's loop.
-        send = functools.partial(self.send, tasks.signals.task_enqueued, None)
+        send = functools.partial(self.send, tasks.signals.task_enqueued, result, None)
         await asyncio.wait({asyncio.wrap_future(_in_helper(send))})
 
     def start(self, worker: str) -> None:
         now = now_in_django()
         self.change(
             status=tasks.TaskResultStatus.RUNNING,
-            started_at=self.state.started_at or now,
+            started_at=self.state["started_at"] or now,
             last_attempted_at=now,
-            worker_ids=(*self.state.worker_ids, worker),
+            worker_ids=[*self.state["worker_ids"], worker],
         )
-        self.tell(tasks.signals.task_started)
+        self.tell(tasks.signals.task_started, self.snapshot())
 
     def call(self) -> Any:
         args, kwargs = _copy_json(self.args), _copy_json(self.kwargs)
@@ -2514,7 +2508,7 @@ class _TaskJob(_Job):
         return self.func(*args, **kwargs)
 
     def keep(self, value: Any) -> None:
-        self.value = _copy_json(value)
+        self.change(_return_value=_copy_json(value))
 
     def succeed(self, started: float) -> None:
         self.settle(tasks.TaskResultStatus.SUCCESSFUL)
@@ -2535,22 +2529,22 @@ class _TaskJob(_Job):
         self.settle(tasks.TaskResultStatus.FAILED)
 
     def tell_end(self, error: BaseException | None = None) -> None:
-        self.tell(tasks.signals.task_finished, error)
+        self.tell(tasks.signals.task_finished, self.snapshot(), error)
 
     def note(self, error: BaseException) -> None:
         kind = type(error)
         path = f"{kind.__module__}.{kind.__qualname__}"
         text = _traceback(error) + "\n"
         noted = tasks.base.TaskError(exception_class_path=path, traceback=text)
-        self.change(errors=(*self.state.errors, noted))
+        self.change(errors=[*self.state["errors"], noted])
 
     def settle(self, status: Any) -> None:
         self.change(status=status, finished_at=now_in_django())
         self.context = _NO_CONTEXT  # or it would be kept for as long as the result
-        finished = _process.finished.setdefault(self.backend.alias, deque())
+        finished = _process.finished[self.backend.alias]
         finished.append(self.result_id)
-        with contextlib.suppress(IndexError):  # another thread was faster
-            while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
+        while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
+            with contextlib.suppress(IndexError):  # another thread was faster
                 _process.results.pop(finished.popleft(), None)
 
     def moved_task(self) -> Any:
@@ -2565,21 +2559,6 @@ class _TaskJob(_Job):
 
 _NOT_DELIVERED = "A signal of a Task was not delivered."
 _NO_CONTEXT = Context()
-_RESULT_FIELDS = (
-    "task",
-    "id",
-    "status",
-    "enqueued_at",
-    "started_at",
-    "finished_at",
-    "last_attempted_at",
-    "args",
-    "kwargs",
-    "backend",
-    "errors",
-    "worker_ids",
-    "_return_value",
-)
 
 
 def _copy_json(value: Any, depth: int = 0) -> Any:
