@@ -8894,6 +8894,31 @@ def test_server_runs_each_waiting_job_once_before_it_ends(serving, tmp_path):
         assert ("No lifespan" in site.log) is not serving.lifespan
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name",
+    [
+        "uvicorn-asyncio",
+        "uvicorn-2-workers",
+        "hypercorn",
+        "granian",
+        "daphne",
+        "runserver-daphne",
+    ],
+)
+def test_sigint_is_as_orderly_as_sigterm(name, tmp_path):
+    """Fault 33: of these servers README says so; for the others SIGTERM is the one."""
+    serving = {**UVICORNS, **OTHERS}[name]
+    with serve(tmp_path, serving) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        site.signal(signal.SIGINT)
+        assert site.logs("draining pending=", serving.processes), site.log
+        site.open_gate()
+        site.wait()
+        assert_each_ran_once(site)
+
+
 @pytest.mark.parametrize("serving", SERVERS)
 def test_hung_job_holds_the_server_for_the_grace_period_only(serving, tmp_path):
     """
@@ -9028,6 +9053,77 @@ def test_sigterm_without_lifespan_loses_jobs_unreported(name, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_of_uvicorn_without_lifespan_lose_jobs_unreported(number, tmp_path):
+    """Fault 92: their parent ends them by SIGTERM, whatever signal it got itself."""
+    command = f"{UVICORN} --lifespan off --workers 2"
+    serving = Serving(command, lifespan=False, processes=2)
+    with serve(tmp_path, serving) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        site.signal(number)
+        site.wait()
+        assert_all_lost_unreported(site)
+
+
+@pytest.mark.long
+def test_sigint_for_the_master_of_gunicorn_alone(tmp_path):
+    """uvicorn's worker ignores what the master sends then, and is killed. Use SIGTERM."""
+    gunicorn = OTHERS["gunicorn-uvicorn-worker"]
+    command = f"{gunicorn.command} --graceful-timeout 2"
+    with serve(tmp_path, gunicorn._replace(command=command)) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        site.signal(signal.SIGINT)
+        site.wait()
+        assert "draining" not in site.log
+        assert_all_lost_unreported(site)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gunicorn-uvicorn-worker", "gunicorn-wsgi"])
+def test_gunicorn_kills_a_recycled_process_that_drains_for_too_long(name, tmp_path):
+    """Fault 83: past `--timeout`, 30 s by default. A grace period below it helps."""
+    gunicorn = OTHERS[name]
+    command = f"{gunicorn.command} --max-requests 7 --timeout 2"
+    with serve(tmp_path, gunicorn._replace(command=command)) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        assert site.logs("draining pending="), site.log
+        assert site.logs("WORKER TIMEOUT"), site.log
+        assert site.logs("Booting worker", 2), site.log
+        assert_all_lost_unreported(site)
+
+
+@pytest.mark.long
+def test_granian_kills_a_drain_that_outlasts_its_kill_timeout(tmp_path):
+    """Fault 83: `--workers-kill-timeout`, if given; without it granian waits."""
+    granian = OTHERS["granian"]
+    command = f"{granian.command} --workers-kill-timeout 2"
+    with serve(tmp_path, granian._replace(command=command)) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        site.signal()
+        assert site.logs("draining pending="), site.log
+        site.wait()
+        assert_all_lost_unreported(site)
+
+
+@pytest.mark.long
+def test_daphne_cuts_off_requests_but_not_jobs(tmp_path):
+    """Its drain begins while a request is in flight, for which it does not wait."""
+    with serve(tmp_path, OTHERS["daphne"]) as site:
+        site.put_jobs_at_gate()
+        site.defer_jobs()
+        with site.request_in_flight():
+            site.signal()
+            assert site.logs("draining pending="), site.log
+        site.open_gate()
+        site.wait()
+        assert_each_ran_once(site)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["gunicorn-uvicorn-worker", "gunicorn-asgi", "gunicorn-wsgi"]
 )
@@ -9065,13 +9161,17 @@ def test_hypercorn_ends_all_its_workers_with_the_first(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", ["runserver", "runserver-daphne"])
-def test_ctrl_c_ends_an_autoreloading_runserver_amid_its_drain(name, tmp_path):
-    """Its parent kills the server a quarter of a second later: use --noreload."""
+def test_signal_ends_an_autoreloading_runserver_amid_its_drain(name, number, tmp_path):
+    """
+    Its parent kills the server, after Ctrl-C a quarter of a second later: use
+    --noreload.
+    """
     with serve(tmp_path, with_autoreloader(name), GRACE_PERIOD="1") as site:
         site.put_jobs_at_gate()
         site.defer_jobs()
-        os.killpg(site.process.pid, signal.SIGINT)  # as the terminal does
+        os.killpg(site.process.pid, number)  # as the terminal does with SIGINT
         site.wait()
         assert_all_lost_unreported(site)
 
@@ -10787,6 +10887,91 @@ def test_every_block_of_readme_is_run():
     """There is no Python block without a stage."""
     stages = {section: len(of_section) for section, of_section in STAGES.items()}
     assert {section: len(shown) for section, shown in BLOCKS.items()} == stages
+
+
+ASYNC_VIEWS = """
+configure([..., "django_simple_task", "django.contrib.contenttypes"], TASKS=OURS)
+
+import unittest
+
+from django.contrib.contenttypes.models import ContentType
+from django.http import HttpResponse
+from django.tasks import task
+from django.test import TestCase, TransactionTestCase, override_settings
+from django.test.runner import DiscoverRunner
+from django.urls import path
+from django_simple_task import *
+
+
+def job(pk):
+    runs.append(ContentType.objects.get(pk=pk).model)
+
+
+async def async_job(pk):
+    runs.append((await ContentType.objects.aget(pk=pk)).model)
+
+
+@task
+async def async_task(pk):
+    await async_job(pk)
+
+
+async def deferring(request):
+    order = await ContentType.objects.acreate(app_label="shop", model="order")
+    defer(job, {"args": [order.pk]})
+    defer(async_job, {"args": [order.pk]})
+    return HttpResponse()
+
+
+async def enqueueing(request):
+    order = await ContentType.objects.acreate(app_label="shop", model="order")
+    await async_task.aenqueue(order.pk)
+    return HttpResponse()
+
+
+# Not shop, whose import has not ended: other threads would wait for that.
+urls = sys.modules["urls"] = types.ModuleType("urls")
+urls.urlpatterns = [path("defer/", deferring), path("enqueue/", enqueueing)]
+settings.ROOT_URLCONF = "urls"
+
+
+class DeferringTests(TransactionTestCase):
+    def test_sync(self):
+        self.client.get("/defer/")
+        self.assertTrue(join(timeout=10))
+
+    async def test_async(self):
+        await self.async_client.get("/defer/")
+        self.assertTrue(await ajoin(timeout=10))
+
+
+@override_settings(DJANGO_SIMPLE_TASK_IMMEDIATE=True)
+class EnqueueingTests(TestCase):
+    def test_sync(self):
+        self.client.get("/enqueue/")
+
+    async def test_async(self):
+        await self.async_client.get("/enqueue/")
+
+
+runner = DiscoverRunner(verbosity=0)
+runner.setup_test_environment()
+databases = runner.setup_databases()
+for case in DeferringTests, EnqueueingTests:
+    tests = unittest.defaultTestLoader.loadTestsFromTestCase(case)
+    outcome = unittest.TextTestRunner().run(tests)
+    assert outcome.wasSuccessful()
+runner.teardown_databases(databases)
+assert runs == ["order"] * 6, runs
+"""
+
+
+def test_async_views_are_tested_as_readme_says(tmp_path):
+    """By joining in a TransactionTestCase, or by aenqueue() in a TestCase."""
+    if TASKS_PACKAGE is None:
+        pytest.skip("does not apply: neither django.tasks nor its backport is here")
+    ended = run_as_shop(ASYNC_VIEWS, tmp_path)
+    assert ended.returncode == 0, ended.stderr
 
 
 SHOP_LINES = """
