@@ -8568,6 +8568,9 @@ OTHERS = {
     ),
     "hypercorn": Serving("hypercorn --bind 127.0.0.1:{port} asgi:application"),
     "granian": Serving("granian --interface asgi --port {port} asgi:application"),
+    "granian-asginl": Serving(
+        "granian --interface asginl --port {port} asgi:application", lifespan=False
+    ),
     "gunicorn-uvicorn-worker": Serving(
         f"{GUNICORN} -k uvicorn_worker.UvicornWorker asgi:application",
         needs="uvicorn_worker",
