@@ -6179,6 +6179,95 @@ def test_jobs_that_hang_are_named_when_the_grace_period_is_over(ledger, caplog):
         assert sum(name in message for message in errors) == 1
 
 
+@contextlib.contextmanager
+def held_while_told(text, release):
+    """Hold whoever writes a line that has `text`, and note it when it is out."""
+    held, told = threading.Event(), Ledger()
+
+    class Handler(logging.Handler):
+        def handle(self, record):  # not emit(): its lock would hold up all lines
+            if text in record.getMessage():
+                held.set()
+                release.wait(HANG)
+                told.note(record.getMessage())
+
+    handler = Handler()
+    logger = logging.getLogger("django_simple_task")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield held, told
+    finally:
+        release.set()
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("cancelled", "attempts"), [(False, 1), (False, 2), (True, 1)])
+def test_the_shutdown_waits_for_a_line_that_is_being_written(
+    cancelled, attempts, ledger, caplog, monkeypatch
+):
+    """
+    Faults 31 and 76: a job that ends as the grace period does is not given up, and the
+    process must not be gone before the log has it. Nor is a retry mislaid that comes of it.
+    """
+    monkeypatch.setattr(django_simple_task, "_PATIENCE", HANG)
+    release = threading.Event()
+    text = "finished" if attempts == 1 else "will be retried"
+
+    def job():
+        if attempts == 2:
+            raise ValueError
+
+    async def main():
+        async with serving() as server:
+            with held_while_told(text, release) as (held, told):
+                defer(job, options={"max_attempts": attempts})
+                await happens(held)
+                defer(ledger.note)
+                with noticing("lost=1") as given_up:
+                    if cancelled:
+                        server.task.cancel()
+                    else:
+                        server.put({"type": "lifespan.shutdown"})
+                    await happens(given_up)
+                await turns(100)
+                ended_early = server.task.done()
+                release.set()
+                await asyncio.wait({server.task})
+                assert not ended_early
+                assert len(told.runs) == 1
+                assert_accounts_closed()
+
+    before = stats()
+    with grace_period(0):
+        run(main, debug=False)
+    assert ledger.runs == []
+    outcomes = outcomes_since(before)
+    assert outcomes.pop("lost") >= 1
+    if attempts == 1:
+        assert outcomes == {"accepted": 2, "succeeded": 1}
+
+
+def test_a_line_that_is_never_written_does_not_hold_the_shutdown(ledger):
+    """Fault 81: a logging handler hangs; the server gets its answer all the same."""
+    release = threading.Event()
+
+    async def main():
+        async with serving() as server:
+            with held_while_told("finished", release) as (held, told):
+                defer(ledger.note)
+                await happens(held)
+                assert await server.shutdown() == DONE
+                assert told.runs == []
+            assert await ajoin(HANG)
+
+    before = stats()
+    with grace_period(0):
+        run(main)
+    assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+
+
 def test_a_drain_that_takes_time_says_what_it_waits_for(ledger, caplog):
     """
     Fault 83: a WARNING counts and names jobs, and names the setting that bounds the
