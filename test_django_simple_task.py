@@ -8806,6 +8806,7 @@ class Site:
     def __init__(self, folder, serving, **environ):
         self.serving = serving
         self.deferred = []
+        self.answered = False
         for name, source in PROJECT.items():
             (folder / name).write_text(textwrap.dedent(source))
         self.database = folder / "ledger.sqlite3"
@@ -8822,6 +8823,7 @@ class Site:
             "DJANGO_SETTINGS_MODULE": "settings",
             "FIRST_APP": serving.app,
             "GATE": str(self.gate.getsockname()[1]),
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             **environ,
@@ -8865,16 +8867,27 @@ class Site:
             client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
             with contextlib.closing(client):
                 try:
-                    client.connect()
-                except ConnectionRefusedError:
+                    client.request("GET", path)
+                    response = client.getresponse()
+                except (ConnectionRefusedError, ConnectionResetError):
+                    # granian's first process tries the port, and hangs up again.
+                    if self.answered:
+                        raise
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self.process.wait(0.05)
                     continue
-                client.request("GET", path)
-                response = client.getresponse()
                 assert response.status == 200, self.log
+                self.answered = True
                 return response.read().decode()
-        pytest.fail(f"The server does not answer:\n{self.log}")
+        self.fail("The server does not answer")
+
+    def fail(self, reason):
+        """Show where each process of the server is, as faulthandler writes it."""
+        ended = self.process.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGABRT)
+        self._reader.join(HANG)
+        pytest.fail(f"{reason} ({ended}):\n{self.log}")
 
     def put_jobs_at_gate(self):
         """Have a job in flight in each process of the server, until the gate opens."""
@@ -8914,7 +8927,7 @@ class Site:
         try:
             self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"The server did not end:\n{self.log}")
+            self.fail("The server did not end")
         self._reader.join(HANG)
         return self.process.returncode
 
@@ -9314,13 +9327,14 @@ class Chaos:
         return sum(entry.startswith(f"{name}-") for entry in runs)
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
     """
     Faults 31, 76 and 82: SIGTERM or SIGINT, once or twice, with or without a grace
-    period. Each job is finished or counted in the log as lost, and none runs twice.
+    period. Each job is finished or counted in the log as lost, and none runs twice;
+    all are finished after one signal and without a grace period.
     """
     chaos = Chaos(name, tmp_path, share=0.2)
     for number in chaos.rounds():
@@ -9334,24 +9348,23 @@ def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
                 site.signal(each)
             site.wait()
         finished = site.log.count("finished job=chaos.")
-        lost = [int(n) for n in re.findall(r"lost=(\d+) job=chaos\.", site.log)]
+        waiting = sum(map(int, re.findall(r"lost=(\d+) job=chaos\.", site.log)))
         in_flight = site.log.count("lost in flight job=chaos.")
-        unaccounted = 1000 - finished - sum(lost) - in_flight
-        chaos.figures.update(
-            jobs=1000,
-            finished=finished,
-            lost_waiting=sum(lost),
-            lost_in_flight=in_flight,
-            unaccounted=unaccounted,
-        )
         runs = chaos.runs(number)
         # uvicorn may leave nobody the time to report that: see the next test but one.
-        if name != "uvicorn" or signals != [signal.SIGTERM, signal.SIGINT]:
-            assert unaccounted == 0, (signals, environ, site.log)
-            assert finished <= runs <= finished + in_flight, site.log
+        if name == "uvicorn" and signals == [signal.SIGTERM, signal.SIGINT]:
+            chaos.figures.update(rounds_of_sigint_after_sigterm=1)
+            continue
+        chaos.figures.update(
+            jobs=1000, finished=finished, lost_waiting=waiting, lost_in_flight=in_flight
+        )
+        assert finished + waiting + in_flight == 1000, (signals, environ, site.log)
+        assert finished <= runs <= finished + in_flight, site.log
+        if len(signals) == 1 and not environ:
+            assert finished == 1000, site.log
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_no_job_runs_twice_when_its_process_is_killed(name, tmp_path):
@@ -9423,7 +9436,9 @@ def megabytes():
     return pages * resource.getpagesize() / 2**20
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    "Not ru_maxrss, which begins with what the parent has."
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 def defer_all(calls):
     "Defer each of the calls; while the queue is full, wait until all are done."
@@ -9448,7 +9463,7 @@ def run_under_load(body, *, timeout, **settings):
     print(result.stdout)
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     """
@@ -9512,9 +9527,9 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
-@pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 100_000)])
+@pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 200_000)])
 def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
     """Faults 97 and 99: and nothing is left to gc, which is off all the time."""
     run_under_load(
@@ -9554,7 +9569,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     """Faults 96 and S1: of a million jobs 100,000 wait, the rest is refused."""
@@ -9589,7 +9604,7 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_big_arguments_are_freed_with_their_jobs():
     """Fault 100: of a thousand with 10 MB each no more are there than may wait."""
@@ -9628,7 +9643,7 @@ def test_big_arguments_are_freed_with_their_jobs():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_ten_thousand_lifespans_leave_nothing_behind():
     """Fault 101: no thread, no file, no asyncio task, no memory."""
@@ -10150,7 +10165,7 @@ def test_a_row_that_release_0_1_2_fails_passes(row, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("row", SERVED | ALONE)
 def test_release_0_1_2_fails_the_row(row, release_0_1_2, tmp_path):
