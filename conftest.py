@@ -25,7 +25,7 @@ import django_simple_task
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "long: takes long; runs in .ci/run only")
-    config.addinivalue_line("markers", "by_hand: a long test for a machine at rest")
+    config.addinivalue_line("markers", "alone: wants the machine to itself")
     settings.configure(
         ALLOWED_HOSTS=["*"],
         DATABASES={
