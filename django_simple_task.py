@@ -1635,12 +1635,6 @@ class _Pool:
 
     async def abandon(self, *, at_once: bool = False) -> None:
         """Give up what is unfinished: cancel it on the loop, leave it in a thread."""
-        await self.give_up(at_once=at_once)
-        await self.come_to_rest()
-        # A job whose end was just being recorded may wait for a retry by now.
-        await self.give_up(at_once=at_once)
-
-    async def give_up(self, *, at_once: bool) -> None:
         waiting, begun = self.seize()
         for _, worker in begun:
             if worker.task is None:
@@ -1648,6 +1642,7 @@ class _Pool:
             else:
                 worker.task.cancel()
         await self.part_with(waiting, [job for job, _ in begun], at_once=at_once)
+        await self.come_to_rest()
 
     async def come_to_rest(self) -> None:
         """Be patient while cancelled jobs end, and threads record what has ended."""

@@ -6249,6 +6249,47 @@ def test_the_shutdown_waits_for_a_line_that_is_being_written(
         assert outcomes == {"accepted": 2, "succeeded": 1}
 
 
+def test_the_shutdown_waits_for_the_line_of_a_worker_that_has_come_back(
+    ledger, monkeypatch
+):
+    """
+    Fault 81: its job was given up, and ended after all; that of the next one counts.
+    """
+    monkeypatch.setattr(django_simple_task, "_PATIENCE", HANG)
+    given_up, release = threading.Event(), threading.Event()
+
+    def hang():
+        ledger.note()
+        given_up.wait(HANG)
+
+    async def shutdown(scope):
+        (worker,) = django_simple_task._process.pools[0].workers
+        given_up.set()
+        while worker not in worker.pool.idle:
+            await asyncio.sleep(0)
+        defer(int)
+        await happens(held)
+
+    async def main():
+        async with serving(inner_app([], shutdown=shutdown)) as server:
+            defer(hang)
+            await asyncio.to_thread(ledger.wait, 1)
+            server.put({"type": "lifespan.shutdown"})
+            await happens(held)
+            await turns(100)
+            ended_early = server.task.done()
+            release.set()
+            await asyncio.wait({server.task})
+            assert not ended_early
+            assert len(told.runs) == 1
+            assert_accounts_closed()
+
+    before = stats()
+    with held_while_told("finished", release) as (held, told), grace_period(0):
+        run(main, debug=False)
+    assert outcomes_since(before) == {"accepted": 2, "succeeded": 1, "lost": 1}
+
+
 def test_a_line_that_is_never_written_does_not_hold_the_shutdown(ledger):
     """Fault 81: a logging handler hangs; the server gets its answer all the same."""
     release = threading.Event()
