@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import subprocess
@@ -24,7 +25,7 @@ import django_simple_task
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "long: takes long; runs in .ci/run only")
-    config.addinivalue_line("markers", "by_hand: a long test for a machine at rest")
+    config.addinivalue_line("markers", "alone: wants the machine to itself")
     settings.configure(
         ALLOWED_HOSTS=["*"],
         DATABASES={
@@ -130,32 +131,52 @@ def ledger():
 
 
 class Oracles:
-    """What must hold after each test that runs jobs in this process, whatever it did."""
+    """
+    What must hold after each test that runs jobs in this process, whatever it did.
+
+    The accounts are compared, key by key, with what was seen at the time: with the
+    lines of the log, as they are made, with what the callers were refused, and with
+    the queues.
+    """
 
     def __init__(self):
         self.before = django_simple_task.stats()
-        self.told = collections.Counter()
+        self.seen = []  # keys of stats(); a list, since all threads add to it
         self.failures = []  # of asyncio: "never retrieved", "exception in callback"
 
-    def watch(self, monkeypatch):
-        # Where records are made: what a test does to levels of handlers, to filters and
-        # to handlers is none of our business, and nothing that a record has is kept.
+    def watch(self, monkeypatch, module):
+        # Where records are made, those included that the levels of a test keep out: what
+        # it does to handlers and filters is none of our business, and nothing that a
+        # record has is kept.
         for name in ("django_simple_task", "asyncio", *TASKS_LOGGERS):
             logger = logging.getLogger(name)
             listen = functools.partial(self.listen, logger.makeRecord)
             monkeypatch.setattr(logger, "makeRecord", listen)
+            handle = functools.partial(handle_if, logger.isEnabledFor, logger.handle)
+            monkeypatch.setattr(logger, "handle", handle)
+            monkeypatch.setattr(logger, "isEnabledFor", lambda level: True)
+        defer = noting_refusals(self.seen, django_simple_task.defer)
+        for owner in django_simple_task, module:
+            monkeypatch.setattr(owner, "defer", defer, raising=False)
+        backend, job = django_simple_task.SimpleTaskBackend, django_simple_task._TaskJob
+        for name in "enqueue", "aenqueue":
+            method = noting_refusals(self.seen, getattr(backend, name))
+            monkeypatch.setattr(backend, name, method)
+        hand_over = noting_hand_overs(self.seen, job.hand_over)
+        monkeypatch.setattr(job, "hand_over", hand_over)
 
     def listen(self, make_record, name, level, *args, **kwargs):
         record = make_record(name, level, *args, **kwargs)
         message = record.getMessage()
-        if name == "asyncio" and level >= logging.ERROR:
-            self.failures.append(message)
-        elif name in TASKS_LOGGERS:
-            self.told["of a Task"] += level >= logging.ERROR
+        if name == "asyncio":
+            self.failures += [message] if level >= logging.ERROR else []
         elif message.startswith("lost="):
-            self.told["lost"] += record.lost
-        elif level >= logging.WARNING and hasattr(record, "job"):
-            self.told[message.partition(" job=")[0]] += 1
+            self.seen += ["lost"] * record.lost
+        elif message.startswith("Task id="):
+            self.seen.append(end_of_a_task(message, record))
+        elif name == "django_simple_task":
+            event = message.partition(" job=")[0]
+            self.seen.append(EVENTS.get(event, event))
         return record
 
     def check(self):
@@ -163,26 +184,24 @@ class Oracles:
             return  # what an earlier test has mislaid is not for this one to answer for
         assert django_simple_task.join(HANG), django_simple_task.stats()
         self.check_accounts()
-        self.check_lines()
         self.check_threads()
         assert self.failures == []
 
     def check_accounts(self):
-        """Nothing is unfinished, nothing mislaid, nothing counted twice."""
+        """Each key is what was seen, and all together close."""
         accounts = django_simple_task.stats()
+        since = {key: accounts[key] - self.before[key] for key in accounts}
+        seen = collections.Counter(self.seen)
+        for key in "accepted", "rejected", "retried", "lost", "handed_over":
+            assert since[key] == seen[key], (key, since, seen)
+        for key in "succeeded", "failed":
+            untold = seen["A signal of a Task was not delivered."]
+            assert seen[key] <= since[key] <= seen[key] + untold, (key, since, seen)
         pools = django_simple_task._process.pools
+        scheduled = sum(len(pool.queue.scheduled) for pool in pools)
+        waiting = sum(pool.queue.qsize() for pool in pools)
         assert accounts["pending"] == accounts["in_flight"] == 0
-        assert accounts["scheduled"] == sum(pool.queue.qsize() for pool in pools)
-        assert all(accounts[key] >= self.before[key] for key in COUNTED), accounts
-
-    def check_lines(self):
-        """Each loss and each retry was told of; and each failure, but for Tasks'."""
-        accounts = django_simple_task.stats()
-        since = {key: accounts[key] - self.before[key] for key in COUNTED}
-        assert self.told["lost"] + self.told["lost in flight"] == since["lost"]
-        assert self.told["will be retried"] == since["retried"]
-        told = self.told["failed"]
-        assert told <= since["failed"] <= told + self.told["of a Task"]
+        assert accounts["scheduled"] == scheduled == waiting
 
     def check_threads(self):
         """Of our threads those are left that serve in the background."""
@@ -196,21 +215,71 @@ class Oracles:
 
 
 TASKS_LOGGERS = "django.tasks", "django_tasks"
-COUNTED = (
-    "accepted",
-    "rejected",
-    "succeeded",
-    "failed",
-    "lost",
-    "handed_over",
-    "retried",
-)
+# How the lines of a job begin, and what they say to its accounts.
+EVENTS = {
+    "deferred": "accepted",
+    "finished": "succeeded",
+    "lost in flight": "lost",
+    "will be retried": "retried",
+}
+
+
+def end_of_a_task(message, record):
+    """Tell what Django says of a Task. One that was given up has no exception."""
+    if message.endswith("state=SUCCESSFUL"):
+        return "succeeded"
+    failed = record.exc_info is not None and record.exc_info[0] is not None
+    return "failed" if failed else message
+
+
+def handle_if(enabled, handle, record):
+    """Hand a record on that would not have been made without us, if at all."""
+    if enabled(record.levelno):
+        handle(record)
+
+
+def noting_refusals(seen, function):
+    """Wrap what queues jobs, in order to note each QueueFull that its caller gets."""
+
+    @contextlib.contextmanager
+    def noting():
+        try:
+            yield
+        except django_simple_task.QueueFull as error:
+            if not hasattr(error, "seen"):  # by a function that this one has called
+                error.seen = True
+                seen.append("rejected")
+            raise
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with noting():
+            return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    async def async_wrapper(*args, **kwargs):
+        with noting():
+            return await function(*args, **kwargs)
+
+    return async_wrapper if inspect.iscoroutinefunction(function) else wrapper
+
+
+def noting_hand_overs(seen, hand_over):
+    """Wrap what gives a Task to another backend, in order to note what that took."""
+
+    def wrapper(job):
+        where = hand_over(job)
+        if job.state.finished_at is None:  # else it took too long, and was lost
+            seen.append("handed_over")
+        return where
+
+    return wrapper
 
 
 @pytest.fixture(autouse=True)
-def oracles(monkeypatch):
+def oracles(monkeypatch, request):
     oracles = Oracles()
-    oracles.watch(monkeypatch)
+    oracles.watch(monkeypatch, request.module)
     yield
     oracles.check()
 

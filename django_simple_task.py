@@ -1449,6 +1449,7 @@ class _Worker:
 
     def rest(self) -> None:
         pool = self.pool
+        self.overdue = False
         pool.idle.add(self)
         if pool.queue.ready():
             pool.wake()
@@ -1601,8 +1602,11 @@ class _Pool:
 
     def quiet(self) -> bool:
         """Tell whether nothing is pending or in flight."""
-        at_rest = all(worker in self.idle or worker.overdue for worker in self.workers)
-        return at_rest and not self.queue.ready() and not self.queue.retries
+        return self.at_rest() and not self.queue.ready() and not self.queue.retries
+
+    def at_rest(self) -> bool:
+        """Tell whether no worker has a job, but for one that was given up."""
+        return all(worker in self.idle or worker.overdue for worker in self.workers)
 
     def begin_shutdown(self) -> None:
         """Let the grace period begin. Retries do not wait any more."""
@@ -1650,12 +1654,23 @@ class _Pool:
     async def abandon(self, *, at_once: bool = False) -> None:
         """Give up what is unfinished: cancel it on the loop, leave it in a thread."""
         waiting, begun = self.seize()
-        stuck = [worker.task for _, worker in begun if worker.task is not None]
-        for task in stuck:
-            task.cancel()
+        for _, worker in begun:
+            if worker.task is None:
+                worker.overdue = True
+            else:
+                worker.task.cancel()
         await self.part_with(waiting, [job for job, _ in begun], at_once=at_once)
-        if stuck:
-            await asyncio.wait(stuck, timeout=_PATIENCE)
+        await self.come_to_rest()
+
+    async def come_to_rest(self) -> None:
+        """Be patient while cancelled jobs end, and threads record what has ended."""
+        changed = _LoopEvent()
+        until = monotonic() + _PATIENCE
+        with _process.watching(changed.set):
+            while not self.at_rest() and monotonic() < until:
+                await changed.wait(until)
+        for worker in self.workers:
+            worker.overdue = worker not in self.idle
 
     async def part_with(
         self, waiting: list[_Job], begun: list[_Job], *, at_once: bool = False

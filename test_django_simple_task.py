@@ -6179,6 +6179,136 @@ def test_jobs_that_hang_are_named_when_the_grace_period_is_over(ledger, caplog):
         assert sum(name in message for message in errors) == 1
 
 
+@contextlib.contextmanager
+def held_while_told(text, release):
+    """Hold whoever writes a line that has `text`, and note it when it is out."""
+    held, told = threading.Event(), Ledger()
+
+    class Handler(logging.Handler):
+        def handle(self, record):  # not emit(): its lock would hold up all lines
+            if text in record.getMessage():
+                held.set()
+                release.wait(HANG)
+                told.note(record.getMessage())
+
+    handler = Handler()
+    logger = logging.getLogger("django_simple_task")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield held, told
+    finally:
+        release.set()
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("cancelled", "attempts"), [(False, 1), (False, 2), (True, 1)])
+def test_the_shutdown_waits_for_a_line_that_is_being_written(
+    cancelled, attempts, ledger, caplog, monkeypatch
+):
+    """
+    Faults 31 and 76: a job that ends as the grace period does is not given up, and the
+    process must not be gone before the log has it. Nor is a retry mislaid that comes of it.
+    """
+    monkeypatch.setattr(django_simple_task, "_PATIENCE", HANG)
+    release = threading.Event()
+    text = "finished" if attempts == 1 else "will be retried"
+
+    def job():
+        if attempts == 2:
+            raise ValueError
+
+    async def main():
+        async with serving() as server:
+            with held_while_told(text, release) as (held, told):
+                defer(job, options={"max_attempts": attempts})
+                await happens(held)
+                defer(ledger.note)
+                with noticing("lost=1") as given_up:
+                    if cancelled:
+                        server.task.cancel()
+                    else:
+                        server.put({"type": "lifespan.shutdown"})
+                    await happens(given_up)
+                await turns(100)
+                ended_early = server.task.done()
+                release.set()
+                await asyncio.wait({server.task})
+                assert not ended_early
+                assert len(told.runs) == 1
+                assert_accounts_closed()
+
+    before = stats()
+    with grace_period(0):
+        run(main, debug=False)
+    assert ledger.runs == []
+    outcomes = outcomes_since(before)
+    assert outcomes.pop("lost") >= 1
+    if attempts == 1:
+        assert outcomes == {"accepted": 2, "succeeded": 1}
+
+
+def test_the_shutdown_waits_for_the_line_of_a_worker_that_has_come_back(
+    ledger, monkeypatch
+):
+    """
+    Fault 81: its job was given up, and ended after all; that of the next one counts.
+    """
+    monkeypatch.setattr(django_simple_task, "_PATIENCE", HANG)
+    given_up, release = threading.Event(), threading.Event()
+
+    def hang():
+        ledger.note()
+        given_up.wait(HANG)
+
+    async def shutdown(scope):
+        (worker,) = django_simple_task._process.pools[0].workers
+        given_up.set()
+        while worker not in worker.pool.idle:
+            await asyncio.sleep(0)
+        defer(int)
+        await happens(held)
+
+    async def main():
+        async with serving(inner_app([], shutdown=shutdown)) as server:
+            defer(hang)
+            await asyncio.to_thread(ledger.wait, 1)
+            server.put({"type": "lifespan.shutdown"})
+            await happens(held)
+            await turns(100)
+            ended_early = server.task.done()
+            release.set()
+            await asyncio.wait({server.task})
+            assert not ended_early
+            assert len(told.runs) == 1
+            assert_accounts_closed()
+
+    before = stats()
+    with held_while_told("finished", release) as (held, told), grace_period(0):
+        run(main, debug=False)
+    assert outcomes_since(before) == {"accepted": 2, "succeeded": 1, "lost": 1}
+
+
+def test_a_line_that_is_never_written_does_not_hold_the_shutdown(ledger):
+    """Fault 81: a logging handler hangs; the server gets its answer all the same."""
+    release = threading.Event()
+
+    async def main():
+        async with serving() as server:
+            with held_while_told("finished", release) as (held, told):
+                defer(ledger.note)
+                await happens(held)
+                assert await server.shutdown() == DONE
+                assert told.runs == []
+            assert await ajoin(HANG)
+
+    before = stats()
+    with grace_period(0):
+        run(main)
+    assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+
+
 def test_a_drain_that_takes_time_says_what_it_waits_for(ledger, caplog):
     """
     Fault 83: a WARNING counts and names jobs, and names the setting that bounds the
@@ -8720,6 +8850,7 @@ class Site:
     def __init__(self, folder, serving, **environ):
         self.serving = serving
         self.deferred = []
+        self.answered = False
         for name, source in PROJECT.items():
             (folder / name).write_text(textwrap.dedent(source))
         self.database = folder / "ledger.sqlite3"
@@ -8736,6 +8867,7 @@ class Site:
             "DJANGO_SETTINGS_MODULE": "settings",
             "FIRST_APP": serving.app,
             "GATE": str(self.gate.getsockname()[1]),
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             **environ,
@@ -8779,16 +8911,27 @@ class Site:
             client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
             with contextlib.closing(client):
                 try:
-                    client.connect()
-                except ConnectionRefusedError:
+                    client.request("GET", path)
+                    response = client.getresponse()
+                except (ConnectionRefusedError, ConnectionResetError):
+                    # granian's first process tries the port, and hangs up again.
+                    if self.answered:
+                        raise
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self.process.wait(0.05)
                     continue
-                client.request("GET", path)
-                response = client.getresponse()
                 assert response.status == 200, self.log
+                self.answered = True
                 return response.read().decode()
-        pytest.fail(f"The server does not answer:\n{self.log}")
+        self.fail("The server does not answer")
+
+    def fail(self, reason):
+        """Show where each process of the server is, as faulthandler writes it."""
+        ended = self.process.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGABRT)
+        self._reader.join(HANG)
+        pytest.fail(f"{reason} ({ended}):\n{self.log}")
 
     def put_jobs_at_gate(self):
         """Have a job in flight in each process of the server, until the gate opens."""
@@ -8823,12 +8966,19 @@ class Site:
     def signal(self, number=None):
         self.process.send_signal(number or self.serving.signal)
 
+    def signal_again(self, number):
+        """Wake a process that falls asleep for ever as the signal comes, if it did."""
+        try:
+            self.process.wait(HANG / 4)
+        except subprocess.TimeoutExpired:
+            self.signal(number)
+
     def wait(self):
         """Wait until the server is gone, with all that it has written."""
         try:
             self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"The server did not end:\n{self.log}")
+            self.fail("The server did not end")
         self._reader.join(HANG)
         return self.process.returncode
 
@@ -9328,13 +9478,14 @@ class Chaos:
         return sum(entry.startswith(f"{name}-") for entry in runs)
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
     """
     Faults 31, 76 and 82: SIGTERM or SIGINT, once or twice, with or without a grace
-    period. Each job is finished or counted in the log as lost, and none runs twice.
+    period. Each job is finished, failed or counted in the log as lost, and none runs
+    twice; all are finished after one signal and without a grace period.
     """
     chaos = Chaos(name, tmp_path, share=0.2)
     for number in chaos.rounds():
@@ -9346,26 +9497,34 @@ def test_signals_at_any_time_leave_no_job_unaccounted_for(name, tmp_path):
             for each in signals:
                 chaos.wait()
                 site.signal(each)
+            if name == "granian":
+                site.signal_again(each)
             site.wait()
         finished = site.log.count("finished job=chaos.")
-        lost = [int(n) for n in re.findall(r"lost=(\d+) job=chaos\.", site.log)]
+        waiting = sum(map(int, re.findall(r"lost=(\d+) job=chaos\.", site.log)))
         in_flight = site.log.count("lost in flight job=chaos.")
-        unaccounted = 1000 - finished - sum(lost) - in_flight
+        # asyncio.run() cancels all tasks at a second SIGINT, those of jobs included.
+        failed = site.log.count("failed job=chaos.")
+        runs = chaos.runs(number)
+        # uvicorn may leave nobody the time to report that: see the next test but one.
+        if name == "uvicorn" and signals == [signal.SIGTERM, signal.SIGINT]:
+            chaos.figures.update(rounds_of_sigint_after_sigterm=1)
+            continue
         chaos.figures.update(
             jobs=1000,
             finished=finished,
-            lost_waiting=sum(lost),
+            failed=failed,
+            lost_waiting=waiting,
             lost_in_flight=in_flight,
-            unaccounted=unaccounted,
         )
-        runs = chaos.runs(number)
-        # uvicorn may leave nobody the time to report that: see the next test but one.
-        if name != "uvicorn" or signals != [signal.SIGTERM, signal.SIGINT]:
-            assert unaccounted == 0, (signals, environ, site.log)
-            assert finished <= runs <= finished + in_flight, site.log
+        accounted = finished + failed + waiting + in_flight
+        assert accounted == 1000, (signals, environ, site.log)
+        assert finished <= runs <= finished + failed + in_flight, site.log
+        if len(signals) == 1 and not environ:
+            assert finished == 1000, site.log
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_no_job_runs_twice_when_its_process_is_killed(name, tmp_path):
@@ -9437,7 +9596,9 @@ def megabytes():
     return pages * resource.getpagesize() / 2**20
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    "Not ru_maxrss, which begins with what the parent has."
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 def defer_all(calls):
     "Defer each of the calls; while the queue is full, wait until all are done."
@@ -9462,7 +9623,7 @@ def run_under_load(body, *, timeout, **settings):
     print(result.stdout)
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     """
@@ -9526,9 +9687,9 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
-@pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 100_000)])
+@pytest.mark.parametrize("fails, jobs", [(False, 1_000_000), (True, 200_000)])
 def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
     """Faults 97 and 99: and nothing is left to gc, which is off all the time."""
     run_under_load(
@@ -9568,7 +9729,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     """Faults 96 and S1: of a million jobs 100,000 wait, the rest is refused."""
@@ -9603,7 +9764,7 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_big_arguments_are_freed_with_their_jobs():
     """Fault 100: of a thousand with 10 MB each no more are there than may wait."""
@@ -9642,7 +9803,7 @@ def test_big_arguments_are_freed_with_their_jobs():
     )
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 def test_ten_thousand_lifespans_leave_nothing_behind():
     """Fault 101: no thread, no file, no asyncio task, no memory."""
@@ -10164,7 +10325,7 @@ def test_a_row_that_release_0_1_2_fails_passes(row, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.by_hand
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("row", SERVED | ALONE)
 def test_release_0_1_2_fails_the_row(row, release_0_1_2, tmp_path):
