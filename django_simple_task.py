@@ -99,7 +99,6 @@ from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, reset_queries
-from django.db.backends.signals import connection_created
 from django.urls import set_urlconf
 from django.utils.timezone import now as now_in_django
 
@@ -1181,8 +1180,8 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self.name = name
         self.thread: threading.Thread | None = None
-        # Whether a connection of the thread wants looking after.
-        self.connected = False
+        # The thread's connections by alias: the very dict, so that a look costs nothing.
+        self.connections: Mapping[str, Any] = {}
         # Whether the job on the loop has used the thread.
         self.used = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
@@ -1202,19 +1201,16 @@ class _Lane:
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Future[Any]:
         """Do what asgiref asks of an executor."""
-        if self.connected and not self.used:
-            self.call(self.clean)
+        if self.connections and not self.used:
+            self.call(_clean_connections)
         self.used = True
         future: Future[Any] = Future()
         self.call(functools.partial(_fulfil, future, function, *args, **kwargs))
         return future
 
-    def clean(self) -> None:
-        self.connected = _clean_connections()
-
     def clean_after_use(self) -> None:
         self.used = False
-        self.call(self.clean)
+        self.call(_clean_connections)
 
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
@@ -1227,7 +1223,7 @@ class _Lane:
         return ended
 
     def _run(self) -> None:
-        _this_thread.lane = self
+        self.connections = _connections_here()
         while True:
             function = self._calls.get()
             if function is None:
@@ -1236,22 +1232,22 @@ class _Lane:
             del function  # or it would keep a job alive while the thread waits
 
 
-_this_thread = threading.local()
+def _connections_here() -> Mapping[str, Any]:
+    """
+    Return where Django keeps this thread's connections by alias: those, too, that failed
+    while they were made, of which connection_created does not tell.
+    """
+    try:
+        return vars(connections._connections._storage)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # it is not public: then look into it each time
+        return {"unknown": None}
 
 
-def _note_connection(**kwargs: Any) -> None:
-    """Receive connection_created."""
-    lane = getattr(_this_thread, "lane", None)
-    if lane is not None:
-        lane.connected = True
-
-
-def _clean_connections() -> bool:
+def _clean_connections() -> None:
     """
     Do to this thread's connections what Django does between two requests, and end the
-    transactions that were left open. Return whether a connection is still open.
+    transactions that were left open.
     """
-    still_open = False
     for connection in connections.all(initialized_only=True):
         try:
             if connection.in_atomic_block:
@@ -1259,13 +1255,11 @@ def _clean_connections() -> bool:
                 del connections[connection.alias]  # closed, it would refuse to reopen
             else:
                 connection.close_if_unusable_or_obsolete()
-                still_open = still_open or connection.connection is not None
         except Exception as error:
             del connections[connection.alias]
             _write(logging.ERROR, "A connection failed to close.", exception=error)
     if settings.DEBUG:
         reset_queries()
-    return still_open
 
 
 def _fulfil(
@@ -1403,8 +1397,8 @@ class _Worker:
             if not ended:
                 if job.on_loop:
                     return self.pool.hand_back(self, job)
-                if lane.connected:
-                    lane.clean()
+                if lane.connections:
+                    _clean_connections()
                 context = job.begin(self.name)
                 if context is None:
                     job = self.take()
@@ -1415,8 +1409,8 @@ class _Worker:
             self.finish(job, error)
             error = None  # or it would live, with all its frames, until the next one
             ended = False
-            if lane.connected:
-                lane.clean()
+            if lane.connections:
+                _clean_connections()
             job = self.take()
         self.rest()
 
@@ -2654,7 +2648,6 @@ class DjangoSimpleTaskConfig(AppConfig):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
 
     def ready(self) -> None:
-        connection_created.connect(_note_connection, dispatch_uid=_LABEL)
         checks.register(_check_settings)
         checks.register(_check_deployment, deploy=True)
 
