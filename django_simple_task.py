@@ -936,7 +936,17 @@ async def _in_shared_thread(job: _Job) -> Any:
             raise error
     finally:
         del error  # or it would keep itself alive, by way of this frame
-    return await value if inspect.iscoroutine(value) else value
+    if not inspect.iscoroutine(value):
+        return value
+    here = True
+    try:
+        return await value
+    except GeneratorExit:  # the loop has gone, on which one could wait
+        here = False
+        raise
+    finally:
+        if here:
+            await sync_to_async(_clean_connections, thread_sensitive=True)()
 
 
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
@@ -1405,6 +1415,7 @@ class _Worker:
                     continue
                 coroutine, error = _run_in_thread(job, context)
                 if coroutine is not None:
+                    lane.used = True  # what it has opened it may use until it ends
                     return self.pool.hand_back(self, job, coroutine)
             self.finish(job, error)
             error = None  # or it would live, with all its frames, until the next one
