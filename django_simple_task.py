@@ -83,6 +83,7 @@ from types import coroutine as awaitable_generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asgiref.local
+import django.db.backends.base.base
 from asgiref.compatibility import guarantee_single_callable
 from asgiref.sync import (
     AsyncToSync,
@@ -99,6 +100,7 @@ from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, reset_queries
+from django.db.backends.signals import connection_created
 from django.urls import set_urlconf
 from django.utils.timezone import now as now_in_django
 
@@ -791,6 +793,23 @@ _thread_executors: Any = getattr(
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
 
 
+def _connections_here() -> Mapping[str, Any]:
+    """
+    Return where Django keeps this thread's connections by alias: also those that failed
+    while they were made, of which connection_created does not tell.
+    """
+    try:
+        return vars(connections._connections._storage)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # it is not public: then look into it each time
+        return {"unknown": None}
+
+
+# Where thread-sensitive work is done outside of requests, a thread for all of it.
+_shared_thread: Any = getattr(SyncToAsync, "single_thread_executor", None)
+# The alias of a connection to the server, but to no database of the project.
+_NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
+
+
 def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any] | None:
     """Find the variable behind a Local, by what setting a value leaves in a context."""
     context = Context()
@@ -917,6 +936,7 @@ async def _in_shared_thread(job: _Job) -> Any:
     # Not in the lane, which a job on the loop has for its thread-sensitive calls.
     _thread_sensitive_context.set(None)
     _inside_job.set(True)
+    _process.shares_thread = True
     # By way of a box, as the frames of asgiref and of the thread would keep alive what
     # they are given, what they return, and what they raise.
     box: list[Any] = [job]
@@ -1190,10 +1210,12 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self.name = name
         self.thread: threading.Thread | None = None
-        # The thread's connections by alias: the very dict, so that a look costs nothing.
+        # The thread's connections by alias; Django's dict: a look costs nothing.
         self.connections: Mapping[str, Any] = {}
         # Whether the job on the loop has used the thread.
         self.used = False
+        # Whether the connections are to be closed when that job has ended.
+        self.parting = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], Any]) -> None:
@@ -1221,6 +1243,15 @@ class _Lane:
     def clean_after_use(self) -> None:
         self.used = False
         self.call(_clean_connections)
+        if self.parting:
+            self.call(self.part)
+
+    def part(self) -> None:
+        """Close the connections, now or when the job on the loop has ended."""
+        self.parting = self.used
+        if not self.used:
+            with _reported("A connection failed to close."):
+                connections.close_all()
 
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
@@ -1237,20 +1268,28 @@ class _Lane:
         while True:
             function = self._calls.get()
             if function is None:
+                self.connections = {}
                 return
             function()
             del function  # or it would keep a job alive while the thread waits
 
 
-def _connections_here() -> Mapping[str, Any]:
+def _disconnect(connection: Any, **kwargs: Any) -> None:
     """
-    Return where Django keeps this thread's connections by alias: those, too, that failed
-    while they were made, of which connection_created does not tell.
+    Receive connection_created. Who connects to the server, but to no database of the
+    project, creates, clones or destroys one for tests. PostgreSQL refuses that while
+    others are connected to it, after it has waited for five seconds that they go: let
+    go of what idle threads keep for CONN_MAX_AGE.
     """
-    try:
-        return vars(connections._connections._storage)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):  # it is not public: then look into it each time
-        return {"unknown": None}
+    if connection.alias != _NO_DATABASE:
+        return
+    for pool in [*_process.pools, *_process.retiring]:
+        for worker in pool.workers:
+            if worker.lane.connections:
+                worker.lane.call(worker.lane.part)
+    if _process.shares_thread and _shared_thread is not None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+            _shared_thread.submit(connections.close_all)
 
 
 def _clean_connections() -> None:
@@ -1808,6 +1847,7 @@ class _Process:
         self.result_ids: deque[str] = deque()
         self.watchers: dict[object, Callable[[], None]] = {}
         self.requests_seen = False
+        self.shares_thread = False
         self.prepared = False
         self.exiting = False
         self.accepted = _Counter()
@@ -2659,6 +2699,7 @@ class DjangoSimpleTaskConfig(AppConfig):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
 
     def ready(self) -> None:
+        connection_created.connect(_disconnect, dispatch_uid=_LABEL)
         checks.register(_check_settings)
         checks.register(_check_deployment, deploy=True)
 
