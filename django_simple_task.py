@@ -83,6 +83,7 @@ from types import coroutine as awaitable_generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asgiref.local
+import django.db.backends.base.base
 from asgiref.compatibility import guarantee_single_callable
 from asgiref.sync import (
     AsyncToSync,
@@ -799,6 +800,23 @@ _thread_executors: Any = getattr(
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
 
 
+def _connections_here() -> Mapping[str, Any]:
+    """
+    Return where Django keeps this thread's connections by alias: also those that failed
+    while they were made, of which connection_created does not tell.
+    """
+    try:
+        return vars(connections._connections._storage)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # it is not public: then look into it each time
+        return {"unknown": None}
+
+
+# Where thread-sensitive work is done outside of requests, a thread for all of it.
+_shared_thread: Any = getattr(SyncToAsync, "single_thread_executor", None)
+# The alias of a connection to the server, but to no database of the project.
+_NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
+
+
 def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any] | None:
     """Find the variable behind a Local, by what setting a value leaves in a context."""
     context = Context()
@@ -876,6 +894,7 @@ async def _in_shared_thread(job: _Job) -> Any:
     # Not in the lane, which a job on the loop has for its thread-sensitive calls.
     _thread_sensitive_context.set(None)
     _inside_job.set(True)
+    _process.shares_thread = True
     # By way of a box, as the frames of asgiref and of the thread would keep alive what
     # they are given, what they return, and what they raise.
     box: list[Any] = [job]
@@ -895,7 +914,17 @@ async def _in_shared_thread(job: _Job) -> Any:
             raise error
     finally:
         del error  # or it would keep itself alive, by way of this frame
-    return await value if inspect.iscoroutine(value) else value
+    if not inspect.iscoroutine(value):
+        return value
+    here = True
+    try:
+        return await value
+    except GeneratorExit:  # the loop has gone, on which one could wait
+        here = False
+        raise
+    finally:
+        if here:
+            await sync_to_async(_clean_connections, thread_sensitive=True)()
 
 
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
@@ -1142,10 +1171,12 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self.name = name
         self.thread: threading.Thread | None = None
-        # Whether a connection of the thread wants looking after.
-        self.connected = False
+        # The thread's connections by alias; Django's dict: a look costs nothing.
+        self.connections: Mapping[str, Any] = {}
         # Whether the job on the loop has used the thread.
         self.used = False
+        # Whether the connections are to be closed when that job has ended.
+        self.parting = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], Any]) -> None:
@@ -1163,19 +1194,25 @@ class _Lane:
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Future[Any]:
         """Do what asgiref asks of an executor."""
-        if self.connected and not self.used:
-            self.call(self.clean)
+        if self.connections and not self.used:
+            self.call(_clean_connections)
         self.used = True
         future: Future[Any] = Future()
         self.call(functools.partial(_fulfil, future, function, *args, **kwargs))
         return future
 
-    def clean(self) -> None:
-        self.connected = _clean_connections()
-
     def clean_after_use(self) -> None:
         self.used = False
-        self.call(self.clean)
+        self.call(_clean_connections)
+        if self.parting:
+            self.call(self.part)
+
+    def part(self) -> None:
+        """Close the connections, now or when the job on the loop has ended."""
+        self.parting = self.used
+        if not self.used:
+            with _reported("A connection failed to close."):
+                connections.close_all()
 
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
@@ -1188,31 +1225,39 @@ class _Lane:
         return ended
 
     def _run(self) -> None:
-        _this_thread.lane = self
+        self.connections = _connections_here()
         while True:
             function = self._calls.get()
             if function is None:
+                self.connections = {}
                 return
             function()
             del function  # or it would keep a job alive while the thread waits
 
 
-_this_thread = threading.local()
+def _disconnect(connection: Any, **kwargs: Any) -> None:
+    """
+    Receive connection_created. Who connects to the server, but to no database of the
+    project, creates, clones or destroys one for tests. PostgreSQL refuses that while
+    others are connected to it, after it has waited for five seconds that they go: let
+    go of what idle threads keep for CONN_MAX_AGE.
+    """
+    if connection.alias != _NO_DATABASE:
+        return
+    for pool in [*_process.pools, *_process.retiring]:
+        for worker in pool.workers:
+            if worker.lane.connections:
+                worker.lane.call(worker.lane.part)
+    if _process.shares_thread and _shared_thread is not None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+            _shared_thread.submit(connections.close_all)
 
 
-def _note_connection(**kwargs: Any) -> None:
-    """Receive connection_created."""
-    lane = getattr(_this_thread, "lane", None)
-    if lane is not None:
-        lane.connected = True
-
-
-def _clean_connections() -> bool:
+def _clean_connections() -> None:
     """
     Do to this thread's connections what Django does between two requests, and end the
-    transactions that were left open. Return whether a connection is still open.
+    transactions that were left open.
     """
-    still_open = False
     for connection in connections.all(initialized_only=True):
         try:
             if connection.in_atomic_block:
@@ -1220,13 +1265,11 @@ def _clean_connections() -> bool:
                 del connections[connection.alias]  # closed, it would refuse to reopen
             else:
                 connection.close_if_unusable_or_obsolete()
-                still_open = still_open or connection.connection is not None
         except Exception as error:
             del connections[connection.alias]
             _write(logging.ERROR, "A connection failed to close.", exception=error)
     if settings.DEBUG:
         reset_queries()
-    return still_open
 
 
 def _fulfil(
@@ -1424,19 +1467,20 @@ class _Worker:
             if not ended:
                 if job.on_loop:
                     return self.pool.hand_back(self, job)
-                if lane.connected:
-                    lane.clean()
+                if lane.connections:
+                    _clean_connections()
                 if not job.begin(self.name):
                     job = self.take()
                     continue
                 error = _run_in_thread(job)
                 if job.coroutine is not None:
+                    lane.used = True  # what it has opened it may use until it ends
                     return self.pool.hand_back(self, job)
             self.finish(job, error)
             error = None  # or it would live, with all its frames, until the next one
             ended = False
-            if lane.connected:
-                lane.clean()
+            if lane.connections:
+                _clean_connections()
             job = self.take()
         self.rest()
 
@@ -1837,6 +1881,7 @@ class _Process:
         self.result_ids: deque[str] = deque()
         self.watchers: dict[object, Callable[[], None]] = {}
         self.requests_seen = False
+        self.shares_thread = False
         self.prepared = False
         self.exiting = False
         self.accepted = _Counter()
@@ -2664,7 +2709,7 @@ class DjangoSimpleTaskConfig(AppConfig):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
 
     def ready(self) -> None:
-        connection_created.connect(_note_connection, dispatch_uid=_LABEL)
+        connection_created.connect(_disconnect, dispatch_uid=_LABEL)
         checks.register(_check_settings)
         checks.register(_check_deployment, deploy=True)
 

@@ -31,6 +31,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -2781,6 +2782,40 @@ def test_asgiref_shares_the_values_of_a_local_between_copied_contexts_in_3_8():
     assert in_a_thread(call) == ("job's" if ASGIREF <= (3, 8) else "caller's")
 
 
+def test_django_keeps_the_connections_of_a_thread_in_a_dict_by_alias():
+    """It is empty until the thread asks for one, and is not another afterwards."""
+
+    def look():
+        found = django_simple_task._connections_here()
+        before = dict(found)
+        connection = connections["default"]
+        assert found == {"default": connection}
+        assert django_simple_task._connections_here() is found
+        connection.close()
+        return before
+
+    assert in_a_thread(look) == {}
+
+
+def test_a_thread_is_looked_into_each_time_if_django_keeps_connections_elsewhere(
+    monkeypatch,
+):
+    """Then a sync job costs more, and no connection is overlooked."""
+    monkeypatch.setattr(django_simple_task, "connections", object())
+    assert django_simple_task._connections_here()
+
+
+def test_asgiref_has_one_thread_for_what_is_thread_sensitive_outside_requests():
+    """A job that is thread sensitive leaves connections there."""
+
+    async def main():
+        return await sync_to_async(threading.get_ident)()
+
+    executor = SyncToAsync.single_thread_executor
+    assert django_simple_task._shared_thread is executor
+    assert asyncio.run(main()) == executor.submit(threading.get_ident).result(HANG)
+
+
 def test_a_local_leaves_one_variable_in_an_empty_context():
     """So the variables behind set_urlconf() and AsyncToSync.executors are found."""
     for set_value in (
@@ -3952,7 +3987,8 @@ from django.db.backends.signals import connection_created
 
 def query(statement="SELECT 1"):
     with connection.cursor() as cursor:
-        return cursor.execute(statement).fetchall()
+        cursor.execute(statement)
+        return cursor.fetchall() if cursor.description else []
 
 made = []
 
@@ -3966,6 +4002,15 @@ def defer_as(kind, function, *args):
         async def job():
             await sync_to_async(function)(*args)
         defer(job)
+    elif kind == "coroutine":
+        def call():
+            function(*args)
+            return asyncio.sleep(0)
+        defer(call)
+    elif kind == "shared coroutine":
+        def call():
+            return sync_to_async(function)(*args)
+        defer(call, options={"thread_sensitive": True})
     else:
         options = {"thread_sensitive": kind == "thread_sensitive"}
         defer(function, {"args": args}, options=options)
@@ -4064,6 +4109,23 @@ def test_a_connection_is_kept_for_conn_max_age(tmp_path):
         assert join(15)
         assert stats()["succeeded"] == 20, stats()
         assert len(made) == 1, made
+        """,
+        max_age=600,
+    )
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_a_connection_that_grew_too_old_while_it_was_kept_is_replaced(kind, tmp_path):
+    """Before the next job, however long the worker was idle."""
+    run_with_database(
+        tmp_path,
+        f"""
+        defer_as({kind!r}, query)
+        assert join(15)
+        made[0].close_at = 0
+        defer_as({kind!r}, query)
+        assert join(15)
+        assert len(made) == 2, made
         """,
         max_age=600,
     )
@@ -8663,6 +8725,554 @@ def test_no_code_of_the_module_does_what_an_auditor_would_stop():
     """Fault S7: seen by sys.addaudithook(), while jobs of all kinds run and fail."""
     done = run_script(SERVING + AUDITED)
     assert done.stdout.split() == ["[]", "5"], done.stderr
+
+
+# Database
+#
+# A real PostgreSQL, which the tests start for themselves, and of which each test has a
+# database of its own. Scripts count the sessions that the server knows of.
+
+NEEDED = "initdb", "pg_ctl"
+
+
+class PostgreSQL:
+    """A server of its own, in a temporary folder. It listens on a socket in there."""
+
+    def __init__(self):
+        # PostgreSQL does not run as root; the path of a socket must be short.
+        self.user = "postgres" if os.geteuid() == 0 else None
+        self.folder = tempfile.mkdtemp(prefix="pg-")
+        if self.user:
+            shutil.chown(self.folder, self.user)
+        self.count = itertools.count(1)
+
+    def command(self, program, *args):
+        return [postgresql_program(program), "-D", f"{self.folder}/data", *args]
+
+    def run(self, program, *args):
+        subprocess.run(
+            self.command(program, *args),
+            check=True,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            timeout=3 * HANG,
+            user=self.user,
+        )
+
+    def start(self):
+        self.run("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync")
+        options = f"-k {self.folder} -c listen_addresses= -c fsync=off"
+        self.run("pg_ctl", "-w", "-l", f"{self.folder}/log", "-o", options, "start")
+
+    def stop(self):
+        if os.path.exists(f"{self.folder}/data/postmaster.pid"):
+            self.run("pg_ctl", "-w", "-m", "immediate", "stop")
+        shutil.rmtree(self.folder)
+
+    def execute(self, statement):
+        with self.module.connect(
+            host=self.folder, user="postgres", dbname="postgres", autocommit=True
+        ) as postgres:
+            cursor = postgres.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+
+def postgresql_program(name):
+    """Find a program of PostgreSQL, which Debian keeps where no PATH leads."""
+    kept = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
+    newest = max(kept, key=lambda path: float(path.parts[-3]), default=None)
+    return shutil.which(name) or newest
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    if not all(map(postgresql_program, NEEDED)):
+        pytest.skip(f"needs PostgreSQL's {' and '.join(NEEDED)}")
+    cluster = PostgreSQL()
+    cluster.module = pytest.importorskip("psycopg")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+# What `query` is in DATABASE, and who is connected to the database that it asks.
+POSTGRESQL = """
+import psycopg, subprocess
+
+here = settings.DATABASES["default"]
+name = here["NAME"]
+
+def administer(statement):
+    with psycopg.connect(
+        host=here["HOST"], user="postgres", dbname="postgres", autocommit=True
+    ) as postgres:
+        cursor = postgres.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+def sessions(condition="true", what="pid"):
+    return administer(
+        f"SELECT {what} FROM pg_stat_activity WHERE datname = '{name}' AND {condition}"
+    )
+
+def until(true):
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+
+def come_to(number, condition="true"):
+    # A session that its client has closed takes a moment to end.
+    until(lambda: len(sessions(condition)) <= number)
+
+def terminate():
+    pids = sessions()
+    sessions(what="pg_terminate_backend(pid)")
+    until(lambda: not {*pids} & {*sessions()})
+
+def times(number, kind, function, *args):
+    for _ in range(number):
+        defer_as(kind, function, *args)
+
+# Those, too, that are sync and return a coroutine.
+every_kind = [*kinds, "coroutine", "shared coroutine"]
+"""
+
+
+class OwnDatabase:
+    """A database for one test, and the processes that use it."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.name = f"shop_{next(cluster.count)}"
+        cluster.execute(f"CREATE DATABASE {self.name}")
+
+    def run(self, *parts, max_age=0, pool=None, options=None, checks=False, **more):
+        options = {**(options or {}), **({"pool": pool} if pool else {})}
+        database = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": self.name,
+            "HOST": self.cluster.folder,
+            "USER": "postgres",
+            "CONN_HEALTH_CHECKS": checks,
+            "OPTIONS": options,
+        }
+        body = "".join(map(textwrap.dedent, [POSTGRESQL, *parts]))
+        more = {"timeout": 5 * HANG, "max_age": max_age, **more}
+        return run_with_database(Path(), body, database=database, **more)
+
+
+@pytest.fixture
+def postgresql(cluster):
+    """A database of which nothing is left in use after the test."""
+    database = OwnDatabase(cluster)
+    yield database
+    cluster.execute(f"DROP DATABASE {database.name}")
+
+
+# How connections are kept, and what is needed to see in time that one is dead.
+KEPT = {
+    "max-age-0": {"max_age": 0},
+    "max-age-600": {"max_age": 600, "checks": True},
+    "pool": {"pool": {"min_size": 1, "max_size": 4}, "checks": True},
+}
+
+
+def test_postgresql_knows_of_no_session_after_200_jobs(postgresql):
+    """Fault 105: with CONN_MAX_AGE 0 an idle worker keeps no connection open."""
+    postgresql.run(
+        """
+        for kind in every_kind:
+            times(200, kind, query)
+            assert join(60), kind
+            come_to(0)
+        assert stats()["succeeded"] == 200 * len(every_kind), stats()
+        """,
+        DJANGO_SIMPLE_TASK_WORKERS=4,
+    )
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_connection_that_fails_while_it_is_made_is_closed(swallowed, postgresql):
+    """
+    Fault 105: it is connected, but the role is not there that it is to take. It is not
+    left to the next job, which would work without the role, even if nobody was told.
+    """
+    role = f"clerk_of_{postgresql.name}"
+    postgresql.run(
+        f"""
+        def fail():
+            try:
+                query()
+            except Exception:
+                if not {swallowed}:
+                    raise
+
+        def ask():
+            found.append(query("SELECT current_user"))
+
+        found = []
+        defer(fail)
+        assert join(60)
+        come_to(0)
+        for function in fail, lambda: administer("CREATE ROLE {role}"), ask:
+            defer(function)
+        assert join(60)
+        assert found == [[({role!r},)]], found
+        assert stats()["failed"] == {0 if swallowed else 2}, stats()
+        come_to(0)
+        """,
+        options={"assume_role": role},
+    )
+
+
+@pytest.mark.parametrize("kind, rounds, jobs", [("sync", 5, 40), ("async", 5, 10)])
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_session_terminated_between_jobs_harms_none(
+    kept, kind, rounds, jobs, postgresql
+):
+    """Faults 106 and 107: 200 of 200 sync jobs pass, and 50 of 50 async ones."""
+    postgresql.run(
+        f"""
+        for _ in range({rounds}):
+            times({jobs}, {kind!r}, query)
+            assert join(60)
+            terminate()
+        assert stats()["succeeded"] == {rounds * jobs}, stats()
+        """,
+        DJANGO_SIMPLE_TASK_WORKERS=4,
+        **KEPT[kept],
+    )
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_no_more_connections_are_kept_than_there_are_threads(checks, postgresql):
+    """Fault 108: when all are cut, each thread fails one job, with health checks none."""
+    postgresql.run(
+        f"""
+        def work():
+            for n in range(200):
+                defer_as(every_kind[n % len(every_kind)], query)
+            assert join(60)
+            assert 1 <= len(sessions()) <= threads, sessions()
+
+        threads = 4 + 1  # one is asgiref's
+        work()
+        assert stats()["succeeded"] == 200, stats()
+        terminate()
+        work()
+        assert stats()["failed"] <= {0 if checks else "threads"}, stats()
+        """,
+        DJANGO_SIMPLE_TASK_WORKERS=4,
+        max_age=600,
+        checks=checks,
+    )
+
+
+# Jobs insert themselves, and note when they began and ended and whether it went well,
+# while the server is restarted as after a crash. One that failed must have been in
+# flight at some time of a restart.
+RESTARTS = """
+from conftest import Ledger
+
+def job(number):
+    began, passed = time.monotonic(), False
+    try:
+        query(f"INSERT INTO entry VALUES ({number})")
+        query("SELECT pg_sleep(0.001)")
+        passed = True
+    finally:
+        ledger.note((number, began, time.monotonic(), passed))
+
+def restart():
+    down = time.monotonic()
+    subprocess.run(RESTART, check=True, stdout=subprocess.DEVNULL, timeout=60, user=USER)
+    return down, time.monotonic()
+
+def in_flight(began, ended):
+    return any(began <= up and ended >= down for down, up in restarts)
+
+query("CREATE TABLE entry (number integer)")
+connection.close()
+ledger, restarts = Ledger(), []
+each = JOBS // (TIMES + 1)
+for number in range(JOBS):
+    defer_as(kinds[number % 2], job, number)
+    if number % each == each - 1 and len(restarts) < TIMES:
+        ledger.wait(number - each // 2)
+        restarts.append(restart())
+assert join(60)
+
+counts = stats()
+failed = [run for run in ledger.runs if not run[3]]
+print(f"{len(failed)} of {len(ledger.runs)} failed, in {len(restarts)} restarts.")
+assert sorted(run[0] for run in ledger.runs) == list(range(JOBS))
+assert (counts["succeeded"], counts["failed"]) == (JOBS - len(failed), len(failed))
+late = [run for run in failed if not in_flight(*run[1:3])]
+assert late == [], (late, restarts)
+inserted = {number for number, in query("SELECT number FROM entry")}
+assert {run[0] for run in ledger.runs if run[3]} <= inserted
+connection.close()
+come_to(LEFT)
+"""
+
+
+@pytest.mark.parametrize(
+    "jobs, restarts", [(400, 1), pytest.param(3400, 7, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_restart_of_the_database_fails_only_jobs_in_flight(
+    kept, jobs, restarts, postgresql
+):
+    """
+    Fault 109: sync and async jobs, however connections are kept; none fails later, and
+    no connection is left. The long ones are 21 restarts under 10,200 jobs.
+    """
+    cluster = postgresql.cluster
+    command = cluster.command("pg_ctl", "-w", "-m", "immediate", "restart")
+    done = postgresql.run(
+        f"""
+        JOBS, TIMES, LEFT = {jobs}, {restarts}, {0 if kept == "max-age-0" else 4}
+        RESTART, USER = {command!r}, {cluster.user!r}
+        logging.disable()
+        """,
+        RESTARTS,
+        DJANGO_SIMPLE_TASK_WORKERS=4,
+        **KEPT[kept],
+    )
+    print(kept, done.stdout)
+
+
+def test_writers_that_find_sqlite_locked_are_retried_as_told(tmp_path):
+    """Fault 110: 20 at once. Who may not try again has failed; all workers live."""
+    done = run_with_database(
+        tmp_path,
+        """
+        from conftest import Ledger
+
+        def write(number):
+            ledger.note(number)
+            query(f"INSERT INTO entry VALUES ({number})")
+
+        ledger = Ledger()
+        query("CREATE TABLE entry (number integer)")
+        query("BEGIN IMMEDIATE")
+        for number in range(20):
+            options = {"max_attempts": 100 if number < 15 else 1, "backoff": 0.01}
+            defer(write, {"args": [number]}, options=options)
+        ledger.wait(20)
+        while stats()["failed"] < 5:
+            ledger.wait(len(ledger.runs) + 1)
+        query("COMMIT")
+        assert join(60)
+        for number in range(100, 120):
+            options = {"max_attempts": 100, "backoff": 0.01}
+            defer(write, {"args": [number]}, options=options)
+        assert join(60)
+        counts = stats()
+        assert (counts["succeeded"], counts["failed"]) == (35, 5), counts
+        assert counts["retried"] >= 15, counts
+        written = sorted(number for number, in query("SELECT number FROM entry"))
+        assert written == [*range(15), *range(100, 120)], written
+        """,
+        database={"OPTIONS": {"timeout": 0.01}},
+        DJANGO_SIMPLE_TASK_WORKERS=20,
+    )
+    assert done.stderr.count("ERROR django_simple_task failed job=") == 5
+    assert "error=OperationalError: database is locked" in done.stderr
+
+
+@pytest.mark.parametrize("left", ["atomic", "autocommit", "cursor"])
+def test_what_a_job_leaves_open_holds_nothing_in_postgresql(left, postgresql):
+    """
+    Fault 111: no session stays in a transaction, although nothing comes after the job;
+    and the next one has a clean connection.
+    """
+    postgresql.run(
+        f"""
+        def atomic():
+            transaction.atomic().__enter__()
+
+        def autocommit():
+            transaction.set_autocommit(False)
+
+        def cursor():
+            transaction.set_autocommit(False)
+            cursors.append(connection.chunked_cursor())
+            cursors[-1].execute("SELECT generate_series(1, 1000)")
+            cursors[-1].fetchone()
+
+        def leave():
+            {left}()
+            query("INSERT INTO entry VALUES ('left open')")
+
+        def look(kind):
+            query(f"INSERT INTO entry VALUES ('{{kind}}')")
+            found.append((connection.in_atomic_block, transaction.get_autocommit()))
+
+        query("CREATE TABLE entry (kind text)")
+        found, cursors = [], []
+        for kind in every_kind:
+            defer_as(kind, leave)
+            assert join(60), kind
+            come_to(0, "state LIKE 'idle in transaction%'")
+            defer_as(kind, look, kind)
+            assert join(60), kind
+        assert stats()["succeeded"] == 2 * len(every_kind), stats()
+        assert found == [(False, True)] * len(every_kind), found
+        assert query("SELECT kind FROM entry") == [(kind,) for kind in every_kind]
+        """,
+        max_age=600,
+    )
+
+
+def test_jobs_do_not_wait_for_a_commit_unless_on_commit_defers_them(postgresql):
+    """Fault 112: deferred in a transaction that is rolled back, a job runs all the same."""
+    postgresql.run(
+        """
+        from functools import partial
+
+        def look(when):
+            found.append((when, query("SELECT number FROM entry")))
+
+        def insert(number):
+            query(f"INSERT INTO entry VALUES ({number})")
+            defer(look, {"args": ["before"]})
+            later = partial(defer, look, {"args": ["after"]})
+            transaction.on_commit(later, robust=True)
+            assert join(60)
+
+        query("CREATE TABLE entry (number integer)")
+        found = []
+        for number in range(2):
+            with transaction.atomic():
+                insert(number)
+                transaction.set_rollback(number == 0)
+            assert join(60)
+        before = ("before", [])
+        assert found == [before, before, ("after", [(1,)])], found
+        """
+    )
+
+
+def test_a_pooled_connection_goes_back_after_each_job(postgresql):
+    """Fault 113: eight workers share two connections, and keep none when they rest."""
+    postgresql.run(
+        """
+        def resting():
+            counts = connection.pool.get_stats()
+            return counts["pool_available"] == counts["pool_size"]
+
+        for kind in every_kind:
+            times(64, kind, query)
+            assert join(60), kind
+            assert len(sessions()) <= 2, sessions()
+            until(resting)
+        assert stats()["succeeded"] == 64 * len(every_kind), stats()
+        connection.close_pool()
+        """,
+        pool={"min_size": 1, "max_size": 2, "timeout": 10},
+        DJANGO_SIMPLE_TASK_WORKERS=8,
+    )
+
+
+def test_a_job_that_awaits_keeps_its_connection_until_it_ends(postgresql):
+    """Fault 114: while somebody destroys a test database, it goes on in its session."""
+    postgresql.run(
+        """
+        def destroy():
+            with connection._nodb_cursor():  # as Django does first
+                pass
+
+        async def job():
+            ask = sync_to_async(query)
+            pids.append(await ask("SELECT pg_backend_pid()"))
+            thread = threading.Thread(target=destroy)
+            thread.start()
+            thread.join()
+            pids.append(await ask("SELECT pg_backend_pid()"))
+
+        pids = []
+        defer(job)
+        assert join(60)
+        assert stats()["succeeded"] == 1, stats()
+        assert pids[0] == pids[1], pids
+        come_to(0)
+        """,
+        max_age=600,
+    )
+
+
+# Tests of a user's. What they defer is their own affair; they wait until it was done,
+# as far as the jobs themselves can tell.
+SUITE = """
+import unittest, urllib.request
+from conftest import Ledger
+from django.http import HttpResponse
+from django.test import LiveServerTestCase, TestCase, TransactionTestCase
+from django.test.runner import DiscoverRunner
+from django.urls import path
+
+ledger = Ledger()
+
+def job():
+    query()
+    ledger.note()
+
+def view(request=None):
+    for n in range(20):
+        defer_as(every_kind[n % len(every_kind)], job)
+    return HttpResponse()
+
+urlpatterns = [path("", view)]
+
+class Case:
+    def test(self):
+        query()
+        before = len(ledger.runs)
+        self.act()
+        ledger.wait(before + 20)
+
+    act = staticmethod(view)
+
+class InTestCase(Case, TestCase):
+    pass
+
+class InTransactionTestCase(Case, TransactionTestCase):
+    pass
+
+class InLiveServerTestCase(Case, LiveServerTestCase):
+    def act(self):
+        urllib.request.urlopen(self.live_server_url).close()
+
+runner = DiscoverRunner(verbosity=0, interactive=False)
+runner.setup_test_environment()
+for _ in range(2):
+    databases = runner.setup_databases()
+    cases = InTestCase, InTransactionTestCase, InLiveServerTestCase
+    load = unittest.defaultTestLoader.loadTestsFromTestCase
+    outcome = runner.run_suite(unittest.TestSuite(map(load, cases)))
+    assert outcome.testsRun == 3 and outcome.wasSuccessful(), outcome
+    runner.teardown_databases(databases)
+    assert administer(f"SELECT FROM pg_database WHERE datname = 'test_{name}'") == []
+assert stats()["succeeded"] == 120, stats()
+"""
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_test_database_can_be_destroyed_that_jobs_have_used(kept, postgresql):
+    """
+    Fault 114: no "being accessed by other users" after tests of all kinds, though what
+    idle workers keep is good for ten minutes.
+    """
+    postgresql.run(
+        SUITE,
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF="__main__",
+        STATIC_URL="static/",
+        DJANGO_SIMPLE_TASK_WORKERS=4,
+        **KEPT[kept],
+    )
 
 
 # Servers
