@@ -1889,8 +1889,10 @@ class _Process:
             background.closed = True
             background.evict()
         self.pools.append(pool)
-        if background is not None:
-            background.retire()
+        # Whoever found that nobody serves has looked again, or its background is here.
+        for each in background, self.background.pop("", None):
+            if each is not None:
+                each.retire(pool)
 
     def start_background(self) -> _Pool:
         """Serve without a lifespan."""
@@ -1905,12 +1907,16 @@ class _Process:
         if first is not background:  # another thread, or a signal handler, was faster
             background.loop.close()
             return first
+        # First this, then a look; a lifespan serves, then looks for this.
+        if self.pools and self.background.pop("", None) is not None:
+            background.undo_startup()
+            return self.serving_pool()
         try:
             self.prepare()
             background.startup()
             background.thread.start()
         except RuntimeError as error:
-            del self.background[""]
+            self.background.pop("", None)
             background.undo_startup()
             raise RuntimeError(
                 "The interpreter is shutting down, or the limit of threads is reached: "
@@ -1992,8 +1998,9 @@ class _Background(_Pool):
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
-    def retire(self) -> None:
-        """From any thread: end with what is in flight. All else was given away."""
+    def retire(self, heir: _Pool) -> None:
+        """From any thread: end with what is in flight. All else is given away."""
+        self.heir = heir
         _process.retiring.append(self)
         self.withdraw()
         self.evict()
