@@ -1682,7 +1682,9 @@ class _Pool:
         else:
             scheduled = []
             for due, job in self.queue.clear():
-                if due is None or job.attempt:
+                if self.heir is not None:
+                    self.give_away(job, due)
+                elif due is None or job.attempt:
                     self.give_away(job, None)
                 else:
                     scheduled.append(job)
