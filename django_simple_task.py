@@ -1557,7 +1557,10 @@ class _Pool:
         self.waking = False
         now = monotonic()
         self.slice_end = now + _SLICE
-        self.set_timer(self.queue.advance(now, retry_at_once=self.draining))
+        due = self.queue.advance(now, retry_at_once=self.draining)
+        if self.closed:
+            self.evict()  # what advance() had in hand while another thread did
+        self.set_timer(due)
         for _ in range(len(self.returning)):
             worker, job, coroutine = self.returning.popleft()
             worker.run(job or worker.take(), coroutine)
