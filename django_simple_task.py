@@ -1323,6 +1323,9 @@ class _Worker:
 
     def run(self, job: _Job | None, coroutine: _Coroutine | None = None) -> None:
         """On the loop: run a job where it belongs, and those after it."""
+        if coroutine is not None and job not in _process.in_flight:
+            coroutine.close()  # a drain gave the job up on its way back
+            job, coroutine = self.take(), None
         if job is None:
             return self.rest()
         if coroutine is None and not job.on_loop:
@@ -1330,9 +1333,9 @@ class _Worker:
             return self.go_to_lane()
         task = _start_task(self.run_in_task(job, coroutine), loop=self.pool.loop)
         if task.done():
-            self.go_on(job, task)
+            self.go_on(job, coroutine, task)
         else:
-            done = functools.partial(self.go_on, job)
+            done = functools.partial(self.go_on, job, coroutine)
             task.add_done_callback(done, context=self.pool.context)
 
     async def run_in_task(self, job: _Job | None, coroutine: _Coroutine | None) -> None:
@@ -1375,12 +1378,16 @@ class _Worker:
             job = self.take()
         self.next = functools.partial(self.run, job)
 
-    def go_on(self, job: _Job, task: asyncio.Task[None]) -> None:
+    def go_on(
+        self, job: _Job, coroutine: _Coroutine | None, task: asyncio.Task[None]
+    ) -> None:
         """On the loop: do what is next after a task."""
         self.task = None
         self.overdue = False
         go_on, self.next = self.next, None
         if go_on is None:
+            if coroutine is not None:
+                coroutine.close()
             self.finish(
                 job, asyncio.CancelledError("It was cancelled before it began.")
             )
