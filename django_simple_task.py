@@ -1185,12 +1185,15 @@ class _Lane:
         self.connected = False
         # Whether the job on the loop has used the thread.
         self.used = False
+        self.ended = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], Any]) -> None:
         """Have the thread call a function that does not raise."""
         self.start()
         self._calls.put(function)
+        if self.ended:
+            self._calls.put(None)
 
     def start(self) -> None:
         if self.thread is None:
@@ -1219,6 +1222,7 @@ class _Lane:
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
         ended: Future[None] = Future()
+        self.ended = True
         if self.thread is None:
             ended.set_result(None)
         else:
