@@ -1529,6 +1529,10 @@ class _Pool:
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
             self.evict()
+            while self.returning:
+                _, _, coroutine = self.returning.popleft()
+                if coroutine is not None:
+                    coroutine.close()
 
     def withdraw(self) -> None:
         """Serve no more. What comes from now on goes to whoever serves then."""
