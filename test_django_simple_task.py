@@ -9187,6 +9187,7 @@ class Thread:
         self.baton.acquire()
         self.ready = None  # what it waits for, and until when
         self.until = INFINITY
+        self.stalled = False  # goes on only when nobody else can
         self.done = False
 
     def start(self):
@@ -9324,6 +9325,7 @@ class Simulation:
     def enter_line(self, frame, event, arg):
         if event == "line" and not self.resting:
             if self.random.random() < self.preemption:
+                self.current.stalled = self.random.random() < 0.5
                 self.switch()
         return self.enter_line
 
@@ -9351,7 +9353,9 @@ class Simulation:
             self.at_rest()
             self.resting = False
             self.pass_time()
-        self.current = self.random.choice(able)
+        lively = [each for each in able if not each.stalled]
+        self.current = self.random.choice(lively or able)
+        self.current.stalled = False
         if self.current is not me:
             self.current.baton.release()
             if me.done:
@@ -9634,10 +9638,12 @@ class Lifespan:
             begun = world.running if world.settled else world.calls
             self.exempt = [call for call in begun if call.state not in FINAL]
         elif message["type"] == "lifespan.shutdown.complete":
+            # A late job may take scheduled ones with it to a background.
+            settled = FINAL if world.settled else (*FINAL, "scheduled")
             owed = [
                 call.name
                 for call in world.calls
-                if world.owes(self, call) and call.state not in FINAL
+                if world.owes(self, call) and call.state not in settled
             ]
             world.sim.judge(not owed or world.overlap, "not drained", owed)
             self.end()
@@ -9690,9 +9696,11 @@ class World(Model):
             return
         if at_rest:
             self.sim.judge(not self.maxsize or before < self.maxsize, "was full")
-        call.high = self.sim.now + call.delay
+        if not call.attempt:
+            slow = 0 if self.settled else 0.05  # who sets the timer may be
+            call.high = self.sim.now + call.delay + slow
         call.deferred = self.step()
-        if not call.delay:
+        if call.state == "pending" and not call.attempt:
             call.by = call.deferred
 
     def function(self, call):
@@ -9769,6 +9777,9 @@ class Obeying(World):
         if verdict in ERRORS:
             raise verdict()
 
+    def tasks(self):
+        return [call for call in self.running if call.task is not None]
+
     def tell(self, call, verdict):
         call.verdict = verdict
         if call.loop is not None:
@@ -9795,22 +9806,19 @@ class Steps:
         self.world.defer(kind, run_after=timedelta(seconds=seconds))
 
     def end_job(self, number, verdict):
-        if self.world.running:
-            number %= len(self.world.running)
-            self.world.tell(self.world.running[number], verdict)
+        running = self.world.running
+        self.world.tell(running[number % len(running)], verdict)
 
     def cancel_job(self, number):
-        tasks = [call for call in self.world.running if call.task is not None]
-        if tasks:
-            call = tasks[number % len(tasks)]
-            call.loop.call_soon_threadsafe(call.task.cancel)
+        tasks = self.world.tasks()
+        call = tasks[number % len(tasks)]
+        call.loop.call_soon_threadsafe(call.task.cancel)
 
     def let_time_pass(self, seconds):
         self.sim.sleep(seconds)
 
     def start_lifespan(self):
-        if not self.world.alive():
-            Lifespan(self.world)
+        Lifespan(self.world)
 
     def stop_lifespan(self, failure):
         for life in self.world.alive():
@@ -9849,25 +9857,34 @@ def rules(stateful, some):
     attempts, backoffs = some.integers(1, 3), some.sampled_from([0, 0.2, 1])
     rule, invariant = stateful.rule, stateful.invariant
 
+    def when(condition):
+        return stateful.precondition(lambda self: condition(self.world))
+
     class Machine(Steps, stateful.RuleBasedStateMachine):
         begin = stateful.initialize(
             workers=some.sampled_from([1, 1, 2, 3]),
             maxsize=some.sampled_from([0, 0, 3]),
             grace=some.sampled_from([None, None, 0, 1]),
         )(Steps.begin)
-        defer = rule(
+        defer = defer_another = rule(
             kind=kinds,
             priority=some.integers(-1, 1),
             max_attempts=attempts,
             backoff=backoffs,
         )(Steps.defer)
         defer_for_later = rule(kind=kinds, seconds=seconds)(Steps.defer_for_later)
-        end_job = rule(number=numbers, verdict=verdicts)(Steps.end_job)
-        cancel_job = rule(number=numbers)(Steps.cancel_job)
+        end_job = when(lambda world: world.running)(
+            rule(number=numbers, verdict=verdicts)(Steps.end_job)
+        )
+        cancel_job = when(lambda world: world.tasks())(
+            rule(number=numbers)(Steps.cancel_job)
+        )
         let_time_pass = rule(seconds=seconds)(Steps.let_time_pass)
-        start_lifespan = rule()(Steps.start_lifespan)
-        stop_lifespan = rule(failure=broken)(Steps.stop_lifespan)
-        cancel_lifespan = rule()(Steps.cancel_lifespan)
+        start_lifespan = when(lambda world: not world.alive())(
+            rule()(Steps.start_lifespan)
+        )
+        stop_lifespan = when(World.alive)(rule(failure=broken)(Steps.stop_lifespan))
+        cancel_lifespan = when(World.alive)(rule()(Steps.cancel_lifespan))
         keeps_to_the_model = invariant()(Steps.keeps_to_the_model)
 
     return Machine
