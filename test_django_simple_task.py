@@ -9275,6 +9275,7 @@ class Simulation:
     def __init__(self, seed, preemption=0.0):
         self.random = random.Random(seed)
         self.preemption = preemption
+        self.liking = self.random.randrange(10**6)
         self.now = 1000.0
         self.history = []
         self.failure = None
@@ -9324,7 +9325,9 @@ class Simulation:
 
     def enter_line(self, frame, event, arg):
         if event == "line" and not self.resting:
-            if self.random.random() < self.preemption:
+            # Each seed has its lines at which threads like to stop.
+            liked = (frame.f_lineno + self.liking) * 2654435761 % 2**32 < 2**27
+            if self.random.random() < (0.5 if liked else self.preemption):
                 self.current.stalled = self.random.random() < 0.5
                 self.switch()
         return self.enter_line
@@ -9643,7 +9646,10 @@ class Lifespan:
             owed = [
                 call.name
                 for call in world.calls
-                if world.owes(self, call) and call.state not in settled
+                if world.owes(self, call)
+                and call.state not in settled
+                # When time is up, a thread may have a retry in hand just now.
+                and not (world.sim.now >= self.deadline and call.ended > world.rested)
             ]
             world.sim.judge(not owed or world.overlap, "not drained", owed)
             self.end()
@@ -9900,6 +9906,8 @@ def check_machine(examples, folder):
         deadline=None,
         derandomize=True,
         max_examples=examples,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        report_multiple_bugs=False,
         stateful_step_count=30,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
@@ -9923,7 +9931,7 @@ class Played(World):
         if draw.random() < 0.3:
             options["priority"] = draw.choice([-1, 1])
         if draw.random() < 0.3:
-            options["max_attempts"] = draw.choice([2, 3])
+            options["max_attempts"] = draw.choice([2, 4])
             options["backoff"] = draw.choice([0, 0.2, 2])
         if draw.random() < 0.2 and not owed:
             options["run_after"] = timedelta(seconds=draw.choice([0.001, 0.2, 3]))
@@ -10065,10 +10073,15 @@ SIMULATION_SEED = os.getenv("SIMULATION_SEED")
         ],
     ],
 )
-def test_simulation(seeds):
-    """Whatever is drawn, the module keeps to the model. SIMULATION_SEED repeats one."""
+def test_any_interleaving_keeps_to_the_model(seeds):
+    """Threads, loops and faults as each seed has them; SIMULATION_SEED repeats one."""
     for seed in [int(SIMULATION_SEED)] if SIMULATION_SEED else seeds:
         simulate(seed)
+
+
+def test_a_seed_repeats_itself():
+    """What a seed has found can be looked at."""
+    assert simulate(4) == simulate(4)
 
 
 # Chaos and load
