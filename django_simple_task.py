@@ -2170,10 +2170,17 @@ class _Lifespan:
 
     async def break_off(self, error: BaseException) -> None:
         """End without an answer; at once, if the server does not wait."""
-        if not isinstance(error, asyncio.CancelledError):
-            _write(logging.ERROR, "The lifespan was broken off.", exception=error)
+        if isinstance(error, asyncio.CancelledError):
+            return await self.abandon()
+        _write(logging.ERROR, "The lifespan was broken off.", exception=error)
+        try:
             await self.end()
-            return
+        except asyncio.CancelledError:  # now the server does not wait any more
+            await self.abandon()
+            raise
+
+    async def abandon(self) -> None:
+        """Give up at once what is unfinished, and report it."""
         self.inner.cancel()
         if self.pool is not None:
             self.pool.withdraw()
