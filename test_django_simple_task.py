@@ -10041,15 +10041,16 @@ def play_out(world, draw, grace):
         while waiting:
             waiting.pop().start()
         sim.sleep(draw.choice([0, 0.05, 1, 5]))
-        how = draw.choice(["stop", "stop", "break", "cancel", "both"])
+        ways = ["stop", "stop", "break", "cancel", "stop, cancel", "break, cancel"]
+        how = draw.choice(ways)
         with override_settings(
             **{SHUTDOWN_GRACE_PERIOD: None if grace == INFINITY else grace}
         ):
             if how != "cancel":
-                life.stop(grace, ConnectionError() if how == "break" else None)
-            if how == "both":
+                life.stop(grace, ConnectionError() if "break" in how else None)
+            if "," in how:
                 sim.sleep(draw.choice([0, 0.3]))
-            if how in ("cancel", "both"):
+            if "cancel" in how:
                 life.cancel()
             if draw.random() < 0.7:
                 life.thread.join()
