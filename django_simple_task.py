@@ -588,6 +588,12 @@ class _Job:
             return coroutine
         return _within_timeout(self, coroutine)
 
+    def drop_coroutine(self) -> None:
+        """Close what nobody will await, or Python would warn of it."""
+        if self.coroutine is not None:
+            self.coroutine.close()
+            self.coroutine = None
+
     def succeed(self, started: float) -> None:
         if logger.isEnabledFor(logging.INFO):
             _log(logging.INFO, self, "finished", seconds=_seconds_since(started))
@@ -1177,12 +1183,15 @@ class _Lane:
         self.used = False
         # Whether the connections are to be closed when that job has ended.
         self.parting = False
+        self.ended = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], Any]) -> None:
         """Have the thread call a function that does not raise."""
         self.start()
         self._calls.put(function)
+        if self.ended:
+            self._calls.put(None)
 
     def start(self) -> None:
         if self.thread is None:
@@ -1217,6 +1226,7 @@ class _Lane:
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
         ended: Future[None] = Future()
+        self.ended = True
         if self.thread is None:
             ended.set_result(None)
         else:
@@ -1330,6 +1340,9 @@ class _Worker:
 
     def run(self, job: _Job | None) -> None:
         """On the loop: run a job where it belongs, and those after it."""
+        if job is not None and job not in _process.in_flight:
+            job.drop_coroutine()  # a drain gave the job up on its way
+            job = self.take()
         if job is None:
             return self.rest()
         if not job.on_loop and job.coroutine is None:
@@ -1361,10 +1374,6 @@ class _Worker:
                 if not job.begin(self.name):
                     job = self.take()
                     continue
-            elif job not in _process.in_flight:  # a drain gave it up on its way here
-                job.coroutine.close()
-                job = self.take()
-                continue
             try:
                 awaited = job.context.run(self.send, job)
             except StopIteration:
@@ -1445,6 +1454,7 @@ class _Worker:
         self.overdue = False
         go_on, self.next = self.next, None
         if go_on is None:
+            job.drop_coroutine()
             self.finish(
                 job, asyncio.CancelledError("It was cancelled before it began.")
             )
@@ -1581,6 +1591,10 @@ class _Pool:
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
             self.evict()
+            while self.returning:
+                _, job = self.returning.popleft()
+                if job is not None:
+                    job.drop_coroutine()
 
     def withdraw(self) -> None:
         """Serve no more. What comes from now on goes to whoever serves then."""
@@ -1620,7 +1634,10 @@ class _Pool:
         self.waking = False
         now = monotonic()
         self.slice_end = now + _SLICE
-        self.set_timer(self.queue.advance(now, retry_at_once=self.draining))
+        due = self.queue.advance(now, retry_at_once=self.draining)
+        if self.closed:
+            self.evict()  # what advance() had in hand while another thread did
+        self.set_timer(due)
         for _ in range(len(self.returning)):
             worker, job = self.returning.popleft()
             worker.run(job or worker.take())
@@ -1759,7 +1776,9 @@ class _Pool:
         else:
             scheduled = []
             for due, job in self.queue.clear():
-                if due is None or job.attempt:
+                if self.heir is not None:
+                    self.give_away(job, due)
+                elif due is None or job.attempt:
                     self.give_away(job, None)
                 else:
                     scheduled.append(job)
@@ -1968,8 +1987,10 @@ class _Process:
             background.closed = True
             background.evict()
         self.pools.append(pool)
-        if background is not None:
-            background.retire()
+        # Whoever found that nobody serves has looked again, or its background is here.
+        for each in background, self.background.pop("", None):
+            if each is not None:
+                each.retire(pool)
 
     def start_background(self) -> _Pool:
         """Serve without a lifespan."""
@@ -1984,12 +2005,16 @@ class _Process:
         if first is not background:  # another thread, or a signal handler, was faster
             background.loop.close()
             return first
+        # First this, then a look; a lifespan serves, then looks for this.
+        if self.pools and self.background.pop("", None) is not None:
+            background.undo_startup()
+            return self.serving_pool()
         try:
             self.prepare()
             background.startup()
             background.thread.start()
         except RuntimeError as error:
-            del self.background[""]
+            self.background.pop("", None)
             background.undo_startup()
             raise RuntimeError(
                 "The interpreter is shutting down, or the limit of threads is reached: "
@@ -2071,8 +2096,9 @@ class _Background(_Pool):
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
-    def retire(self) -> None:
-        """From any thread: end with what is in flight. All else was given away."""
+    def retire(self, heir: _Pool) -> None:
+        """From any thread: end with what is in flight. All else is given away."""
+        self.heir = heir
         _process.retiring.append(self)
         self.withdraw()
         self.evict()
@@ -2222,10 +2248,17 @@ class _Lifespan:
 
     async def break_off(self, error: BaseException) -> None:
         """End without an answer; at once, if the server does not wait."""
-        if not isinstance(error, asyncio.CancelledError):
-            _write(logging.ERROR, "The lifespan was broken off.", exception=error)
+        if isinstance(error, asyncio.CancelledError):
+            return await self.abandon()
+        _write(logging.ERROR, "The lifespan was broken off.", exception=error)
+        try:
             await self.end()
-            return
+        except asyncio.CancelledError:  # now the server does not wait any more
+            await self.abandon()
+            raise
+
+    async def abandon(self) -> None:
+        """Give up at once what is unfinished, and report it."""
         self.inner.cancel()
         if self.pool is not None:
             self.pool.withdraw()
