@@ -1070,8 +1070,10 @@ class _Queue:
 
     def __init__(self) -> None:
         self._levels: dict[int, deque[_Job | _Call]] = {}
-        self._order: list[tuple[int, deque[_Job | _Call]]] = []  # the highest priority first
-        self.retries: list[_Entry] = []  # heaps, the first due first
+        # The highest priority first.
+        self._order: list[tuple[int, deque[_Job | _Call]]] = []
+        # Heaps, the first due first.
+        self.retries: list[_Entry] = []
         self.scheduled: list[_Entry] = []
 
     def qsize(self) -> int:

@@ -10556,7 +10556,8 @@ class World(Model):
         self.calls.append(call)
         self.sim.note("defer", call.name, kind, options)
         try:
-            defer(self.function(call), options=options)
+            # Not as the oracles of other tests wrap it: this process has its own.
+            inspect.unwrap(defer)(self.function(call), options=options)
         except QueueFull:
             self.calls.remove(call)
             self.rejected += 1
