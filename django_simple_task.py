@@ -878,7 +878,7 @@ def _run_in_thread(job: _Job) -> BaseException | None:
     Call a job in this thread. Return what it raised. If the call gave a coroutine, that
     is left in the job, to be awaited.
 
-    Here and in _Worker.steps() exceptions of every kind end: a job's SystemExit is no
+    Here and in _Worker.run_steps() exceptions of every kind end: a job's SystemExit is no
     reason to stop the server, and its CancelledError says nothing about us.
     """
     try:
@@ -922,15 +922,16 @@ async def _in_shared_thread(job: _Job) -> Any:
         del error  # or it would keep itself alive, by way of this frame
     if not inspect.iscoroutine(value):
         return value
-    here = True
     try:
         return await value
-    except GeneratorExit:  # the loop has gone, on which one could wait
-        here = False
-        raise
     finally:
-        if here:
-            await sync_to_async(_clean_connections, thread_sensitive=True)()
+        _call_in_shared_thread(_clean_connections)
+
+
+def _call_in_shared_thread(function: Callable[[], Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+        if _process.shares_thread and _shared_thread is not None:
+            _shared_thread.submit(function)
 
 
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
@@ -1260,9 +1261,7 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
         for worker in pool.workers:
             if worker.lane.connections:
                 worker.lane.call(worker.lane.part)
-    if _process.shares_thread and _shared_thread is not None:
-        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-            _shared_thread.submit(connections.close_all)
+    _call_in_shared_thread(connections.close_all)
 
 
 def _clean_connections() -> None:

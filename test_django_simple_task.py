@@ -9994,6 +9994,7 @@ def change_code(site, folder):
     while not site.logs("draining pending=", timeout=0.5):
         (folder / "version.py").write_text('VERSION = "new"\n')
         assert monotonic() < hung_at, site.log
+    site.answered = False  # the next process has its port to open still
 
 
 # Model and simulation
