@@ -1592,10 +1592,8 @@ class _Pool:
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
             self.evict()
-            while self.returning:
-                _, job = self.returning.popleft()
-                if job is not None:
-                    job.drop_coroutine()
+            for job in [job for _, job in self.returning if job]:
+                job.drop_coroutine()
 
     def withdraw(self) -> None:
         """Serve no more. What comes from now on goes to whoever serves then."""
@@ -1777,10 +1775,8 @@ class _Pool:
         else:
             scheduled = []
             for due, job in self.queue.clear():
-                if self.heir is not None:
-                    self.give_away(job, due)
-                elif due is None or job.attempt:
-                    self.give_away(job, None)
+                if due is None or job.attempt or self.heir is not None:
+                    self.give_away(job, due if self.heir else None)
                 else:
                     scheduled.append(job)
             await self.part_with(scheduled, [])

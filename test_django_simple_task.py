@@ -25,6 +25,7 @@ import os
 import queue
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -70,6 +71,8 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connections, transaction
+from django.db.backends.base.base import NO_DB_ALIAS
+from django.db.backends.signals import connection_created
 from django.http import HttpResponse
 from django.test import override_settings
 from django.urls import get_script_prefix, get_urlconf, path, set_urlconf
@@ -3765,6 +3768,59 @@ def test_a_call_that_was_cancelled_is_not_made(ledger):
     assert ledger.runs == ["next"]
 
 
+def test_a_worker_that_is_sent_to_its_thread_after_the_end_leaves_none_behind(ledger):
+    """As one that comes back to the loop after a drain that was cut short."""
+    lane = django_simple_task._Lane("lane")
+    lane.end().result(HANG)
+    lane.call(ledger.note)
+    lane.thread.join(HANG)
+    assert not lane.thread.is_alive()
+    assert ledger.runs == [None]
+
+
+@pytest.mark.parametrize("loop_goes_on", [True, False])
+def test_a_coroutine_does_not_begin_after_its_job_was_given_up(loop_goes_on, ledger):
+    """A sync job that returns one too late was lost; Python warns of nothing."""
+    threads, release = [], threading.Event()
+
+    def job():
+        threads.append(threading.current_thread())
+        started.set()
+        assert release.wait(HANG)
+        return ledger.anote()
+
+    async def main():
+        async with serving():
+            defer(job)
+            await happens(started)
+        if loop_goes_on:
+            release.set()
+            await asyncio.to_thread(threads[0].join, HANG)
+            await turns(10)
+
+    before, started = stats(), threading.Event()
+    with grace_period(0):
+        run(main)
+    release.set()
+    threads[0].join(HANG)
+    gc.collect()
+    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    assert ledger.runs == []
+
+
+def test_who_makes_a_test_database_starts_no_thread_of_a_worker():
+    """Fault 114: there is nothing to let go of where no job has used a database."""
+
+    async def main():
+        async with serving():
+            (worker,) = django_simple_task._process.pools[0].workers
+            server = types.SimpleNamespace(alias=NO_DB_ALIAS)
+            connection_created.send(None, connection=server)
+            assert worker.lane.thread is None
+
+    run(main)
+
+
 def test_a_job_that_nothing_else_holds_is_not_collected():
     """Fault 63: what each of 10,000 waits is for is known by weak references only."""
     waited_for = weakref.WeakSet()
@@ -6940,10 +6996,17 @@ def in_a_circle():
     return nested
 
 
+def in_a_circle_of_another_kind():
+    nested = collections.UserList()
+    nested.append(nested)
+    return nested
+
+
 @pytest.mark.parametrize(
     "argument",
-    [object, lambda: {1}, lambda: b"\xff", in_a_circle, too_deep],
-    ids=["object", "set", "bytes", "circle", "depth"],
+    [object, lambda: {1}, lambda: b"\xff", in_a_circle, too_deep]
+    + [in_a_circle_of_another_kind],
+    ids=["object", "set", "bytes", "circle", "depth", "other-circle"],
 )
 def test_arguments_that_json_cannot_hold_are_refused(argument, server):
     """
@@ -7448,17 +7511,24 @@ def test_an_alias_may_be_chosen_where_the_task_is_made(server):
         ({"OVERFLOW_BACKEND": ["elsewhere"]}, "OVERFLOW_BACKEND"),
         ({"OVERFLOW_BACKEND": "unknown"}, "OVERFLOW_BACKEND"),
         ({"OVERFLOW_BACKEND": "default"}, "OVERFLOW_BACKEND"),
+        ({"OVERFLOW_BACKEND": "few"}, "OVERFLOW_BACKEND"),
         ({"MAX_RETRIES": 3}, "MAX_RETRIES"),
         ({5: 5}, "5"),
     ],
     ids=repr,
 )
 def test_options_are_checked(options, name, tasks):
-    """Fault 17: an error that names the alias and the option, with an id and a hint."""
+    """
+    Fault 17: an error that names the alias and the option, with an id and a hint. Who
+    runs no checks gets it from enqueue().
+    """
     default = {"BACKEND": BACKEND, "OPTIONS": options}
     with override_settings(TASKS={**TASKS, "default": default}):
         found = [each for each in run_checks() if "default" in each.msg]
+        with pytest.raises(ImproperlyConfigured) as raised:
+            add.enqueue(1, 2)
     (error,) = found
+    assert str(raised.value) == error.msg
     assert error.id.startswith("django_simple_task.E")
     assert error.level == checks.ERROR
     assert name in error.msg
@@ -8586,6 +8656,33 @@ def test_defer_before_the_apps_are_loaded_says_so(tmp_path):
     first, second = result.stdout.splitlines()
     assert "settings are not configured" in first
     assert "django.setup()" in second
+
+
+@pytest.mark.parametrize(
+    ("ready", "installed", "cure"),
+    [
+        (True, "vendor.django_simple_task", "import it by the name"),
+        (True, None, 'Add "django_simple_task" to INSTALLED_APPS.'),
+        (False, None, "after django.setup()"),
+    ],
+)
+def test_immediate_jobs_need_the_app_as_well(ready, installed, cure, monkeypatch):
+    """Faults 20 to 22: a job that runs at once is refused for the same reasons."""
+    monkeypatch.delitem(apps.app_configs, "django_simple_task")
+    monkeypatch.setattr(apps, "apps_ready", ready)
+    if installed is not None:
+        other = types.SimpleNamespace(name=installed)
+        monkeypatch.setitem(apps.app_configs, "django_simple_task", other)
+    with override_settings(DJANGO_SIMPLE_TASK_IMMEDIATE=True):
+        with pytest.raises(ImproperlyConfigured, match=re.escape(cure)):
+            defer(print)
+
+
+def test_the_file_may_be_run_as_a_script():
+    """It does nothing then, and takes no place among the modules."""
+    names = {*sys.modules}
+    runpy.run_path(django_simple_task.__file__, run_name="__main__")
+    assert {*sys.modules} == names
 
 
 def test_a_job_deferred_in_ready_runs(tmp_path):
