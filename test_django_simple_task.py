@@ -4949,6 +4949,66 @@ def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
     assert len(ledger.runs) == 2
 
 
+def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
+    """Fault 94: it came as a lifespan took over, and runs there."""
+    puts, moved, queued, taken, release = (threading.Event() for _ in range(5))
+
+    def put_late(put, *job):
+        puts.set()
+        assert moved.wait(HANG)
+        put(*job)
+        queued.set()
+        assert taken.wait(HANG)  # before it looks whether the queue is closed
+
+    with served():
+        pass  # now nobody serves
+    defer(release.wait, {"args": [HANG]})
+    (background,) = django_simple_task._process.pools
+    background.queue.put = partial(put_late, background.queue.put)
+    caller = threading.Thread(target=defer, args=[ledger.note])
+    caller.start()
+    assert puts.wait(HANG)
+    with served():
+        moved.set()
+        assert queued.wait(HANG)
+        release.set()
+        ledger.wait(1)
+        taken.set()
+        caller.join(HANG)
+    assert background.queue.qsize() == 0
+    assert ledger.runs == [None]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (django_simple_task, "_check_settings_now"),
+        (django_simple_task._Background, "startup"),
+    ],
+    ids=["before", "amid"],
+)
+def test_a_lifespan_that_starts_as_the_background_does_serves_alone(
+    owner, name, ledger
+):
+    """Fault 92: two threads find that nobody serves, and each sees to it."""
+    begin = getattr(owner, name)
+
+    def begin_too_late(*args):
+        patch.undo()
+        stack.enter_context(served())
+        return begin(*args)
+
+    with served():
+        pass  # now nobody serves
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, begin_too_late)
+        defer(ledger.note)
+        assert join(HANG)
+        assert ledger.runs == [None]
+        (pool,) = django_simple_task._process.pools
+        assert not isinstance(pool, django_simple_task._Background)
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
     """Pending, scheduled and retry-waiting jobs move in order; in-flight ones stay."""
