@@ -1473,10 +1473,11 @@ class _Worker:
     def run_in_lane(self) -> None:
         """In the lane: run jobs until one belongs on the loop, or none is left."""
         lane = self.lane
+        slice_end = monotonic() + _SLICE
         (job, error, ended), self.carried = self.carried, None
         while job is not None:
             if not ended:
-                if job.on_loop:
+                if job.on_loop or self.started >= slice_end:
                     return self.pool.hand_back(self, job)
                 if lane.connections:
                     _clean_connections()
@@ -1528,7 +1529,7 @@ _cancelling: Any = getattr(asyncio.Task, "cancelling", lambda task: 1)
 
 
 # Seconds for which jobs may hold the loop at a stretch.
-_SLICE = 0.002
+_SLICE = 0.001
 # Seconds that a cancelled job, or a thread, has to end before it is left to itself.
 _PATIENCE = 0.25
 # Seconds that overflow backends, receivers and the wrapped application have at shutdown
