@@ -3475,37 +3475,48 @@ def test_a_job_that_a_drain_took_from_a_worker_does_not_run(ledger, monkeypatch)
     assert outcomes_since(before) == {"accepted": 1, "lost": 1}
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_flood_of_jobs_leaves_the_loop_breathing(kind):
-    """While 50,000 no-op jobs run, the loop turns for others all the time."""
-    ran, turns = itertools.count(), []
+def turns_amid(kind, jobs):
+    """Run no-op jobs; return after how many of them the loop has turned for others."""
+    ran, seen = [], set()
 
     def sync_job():
-        next(ran)
+        ran.append(None)
 
     async def async_job():
-        next(ran)
+        ran.append(None)
 
     async def main():
         loop = asyncio.get_running_loop()
 
         def turn():
-            turns.append(next(ran))
+            seen.add(len(ran))
             if not done.done():
                 loop.call_soon(turn)
 
         async with serving():
             job = sync_job if kind == "sync" else async_job
             async with busy():
-                for _ in range(50_000):
+                for _ in range(jobs):
                     defer(job)
                 done = asyncio.ensure_future(ajoin(3 * HANG))
                 turn()
             assert await done
 
     run(main, debug=False)
-    during = sum(0 < ran_before < 50_000 for ran_before in turns)
-    assert during > 5
+    return len(seen - {0, jobs})
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_flood_of_jobs_leaves_the_loop_breathing(kind):
+    """While 50,000 no-op jobs run, the loop turns for others all the time."""
+    assert turns_amid(kind, 50_000) > 5
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_jobs_whose_slice_is_over_give_way_to_the_loop(kind, monkeypatch):
+    """Those in a thread, too: or each turn of the loop would wait for the GIL."""
+    monkeypatch.setattr(django_simple_task, "_SLICE", 0)
+    assert turns_amid(kind, 200) > 100
 
 
 def test_a_job_that_blocks_the_loop_delays_others_and_loses_none(ledger):
