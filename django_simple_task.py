@@ -299,7 +299,7 @@ def defer(
     number = _process.accepted.step()
     call = (func, args, kwargs, on_loop, checked, _capture_context(), number)
     if pool is None or delay is not None or logger.isEnabledFor(logging.DEBUG):
-        _put(_Job(*call), pool, delay)
+        _put(_Job(call), pool, delay)
     else:
         pool.put(call, checked.priority)
 
@@ -518,6 +518,16 @@ class _Job:
 
     # No __slots__: making a job would take half as much time again.
 
+    func: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    on_loop: bool
+    options: _Options
+    context: Context
+    number: int
+    attempt: int
+    # What its call has given and is to be awaited still.
+    coroutine: _Coroutine | None
     # Its context as it was, if there may be several attempts.
     pristine: Context | None = None
     # Whether signals tell of its life. Their receivers may use the ORM, so that such a
@@ -526,26 +536,18 @@ class _Job:
     # Whether another backend would take it.
     movable = False
 
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        on_loop: bool,
-        options: _Options,
-        context: Context,
-        number: int = 0,
-    ) -> None:
-        self.func = func
-        self.args = args
-        self.kwargs = kwargs
-        self.on_loop = on_loop
-        self.options = options
-        self.context = context
-        self.number = number
+    def __init__(self, call: _Call) -> None:
+        (
+            self.func,
+            self.args,
+            self.kwargs,
+            self.on_loop,
+            self.options,
+            self.context,
+            self.number,
+        ) = call
         self.attempt = 0
-        # What its call has given and is to be awaited still.
-        self.coroutine: _Coroutine | None = None
+        self.coroutine = None
 
     @property
     def id(self) -> int | str:
@@ -629,15 +631,7 @@ class _Job:
 
 # What makes a _Job. Calls wait as such tuples: to make one takes half the time, and so
 # it does to look at it whenever garbage is collected.
-_Call = tuple[
-    Callable[..., Any],
-    tuple[Any, ...],
-    dict[str, Any],
-    bool,
-    _Options,
-    Context,
-    int,
-]
+_Call = tuple[Any, ...]
 
 
 def _name(func: Any) -> str:
@@ -1109,10 +1103,7 @@ class _Queue:
                     job = level.popleft()
                 except IndexError:  # another worker was faster
                     continue
-                if isinstance(job, tuple):
-                    func, args, kwargs, on_loop, options, context, number = job
-                    return _Job(func, args, kwargs, on_loop, options, context, number)
-                return job
+                return _Job(job) if isinstance(job, tuple) else job
         return None
 
     def advance(self, now: float, *, retry_at_once: bool) -> float:
@@ -2488,7 +2479,8 @@ class _TaskJob(_Job):
                 "The arguments are nested too deep, or in a circle."
             ) from None
         options = backend.job_options(task)
-        super().__init__(task.func, args, kwargs, False, options, _capture_context())
+        call = (task.func, args, kwargs, False, options, _capture_context(), 0)
+        super().__init__(call)
         self.backend = backend
         self.task = task
         self.movable = backend.options.get("OVERFLOW_BACKEND") is not None
