@@ -590,11 +590,13 @@ class _Job:
             return coroutine
         return _within_timeout(self, coroutine)
 
-    def drop_coroutine(self) -> None:
-        """Close what nobody will await, or Python would warn of it."""
-        if self.coroutine is not None:
-            self.coroutine.close()
-            self.coroutine = None
+    def drop_coroutine(self) -> bool:
+        """Close what nobody will await, or Python would warn. Return if there was any."""
+        if self.coroutine is None:
+            return False
+        self.coroutine.close()
+        self.coroutine = None
+        return True
 
     def succeed(self, started: float) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -1583,9 +1585,22 @@ class _Pool:
             self.loop.call_soon_threadsafe(self.dispatch, context=self.context)
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
+            self.clear_returning()
             self.evict()
-            for job in [job for _, job in self.returning if job]:
-                job.drop_coroutine()
+
+    def clear_returning(self) -> None:
+        """Give away the jobs that were on their way to a loop that is no more."""
+        while self.returning:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                worker, job = self.returning.popleft()
+                begun = job is not None and job.drop_coroutine()
+                if job is None or _process.in_flight.pop(job, None) is None:
+                    continue  # there is none, or it was given up before
+                if begun:
+                    _lose_in_flight(job, worker.started)
+                else:
+                    self.give_away(job, None)
+        _process.notify()
 
     def withdraw(self) -> None:
         """Serve no more. What comes from now on goes to whoever serves then."""

@@ -5096,10 +5096,7 @@ def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
     assert "lost=1" in lost
 
 
-LOST_LOOP = """
-def job(n):
-    print("ran", n)
-
+SERVING_LOOP = """
 async def start():
     server = Server(django_simple_task_middleware(plain_app))
     assert await server.startup() == {"type": "lifespan.startup.complete"}
@@ -5107,6 +5104,11 @@ async def start():
 
 loop = asyncio.new_event_loop()
 server = loop.run_until_complete(start())
+"""
+LOST_LOOP = """
+def job(n):
+    print("ran", n)
+
 for n in range(5):
     defer(job, {"args": [n]})
 """
@@ -5150,7 +5152,7 @@ def test_a_loop_that_ends_without_a_shutdown_is_reported_at_exit(last):
     """
     Fault 32: one ERROR line gives the count, and the process ends as it would have.
     """
-    result = run_script(SERVING + LOST_LOOP + last)
+    result = run_script(SERVING + SERVING_LOOP + LOST_LOOP + last)
     assert result.returncode == 0, result.stderr
     (line,) = logged(result, "ERROR")
     assert "lost=5" in line
@@ -5162,6 +5164,7 @@ def test_jobs_deferred_after_a_loop_was_closed_run():
     """Fault 93: the first of them finds out, and takes along what waited there."""
     result = run_script(
         SERVING
+        + SERVING_LOOP
         + LOST_LOOP
         + textwrap.dedent(
             """
@@ -5174,6 +5177,55 @@ def test_jobs_deferred_after_a_loop_was_closed_run():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"ran {n}" for n in range(6)]
     assert logged(result, "ERROR") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"), [("sync", 3), ("async", 3), ("coroutine", 2)]
+)
+def test_what_a_thread_has_in_hand_as_its_loop_is_closed_is_accounted_for(
+    kind, outcome
+):
+    """
+    Faults 32 and 93: the next job runs in the background, and so do those behind it; a
+    coroutine that a job has returned has no loop any more: it is reported as lost.
+    """
+    result = run_script(
+        SERVING
+        + SERVING_LOOP
+        + textwrap.dedent(
+            f"""
+            import django_simple_task
+            django_simple_task._SLICE = 0  # after each job a thread returns to the loop
+            started, release = threading.Event(), threading.Event()
+
+            def first():
+                started.set()
+                release.wait(10)
+                print("ran")
+                return asyncio.sleep(0) if {kind!r} == "coroutine" else None
+
+            async def ajob():
+                print("ran")
+
+            def job():
+                print("ran")
+
+            defer(first)
+            defer(ajob if {kind!r} == "async" else job)
+            defer(job)
+            loop.run_until_complete(asyncio.to_thread(started.wait, 10))
+            loop.close()
+            release.set()
+            assert join(10), stats()
+            assert stats()["succeeded"] == {outcome}, stats()
+            assert stats()["lost"] == 3 - {outcome}, stats()
+            """
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["ran"] * 3
+    assert len(logged(result, "ERROR")) == 3 - outcome
+    assert "never awaited" not in result.stderr
 
 
 @pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.long)])
