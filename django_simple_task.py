@@ -323,7 +323,7 @@ def _pool_with_room() -> _Pool | None:
     if immediate is not False and _setting(_IMMEDIATE):
         _check_installed()
         return None
-    pools = _process.pools
+    pools = _process.pools.copy()  # other threads change it
     pool = pools[0] if len(pools) == 1 else _process.serving_pool()
     if type(maxsize) is not int or maxsize < 0:
         maxsize = _setting(_QUEUE_MAXSIZE)
@@ -591,7 +591,7 @@ class _Job:
         return _within_timeout(self, coroutine)
 
     def drop_coroutine(self) -> bool:
-        """Close what nobody will await, or Python would warn. Return if there was any."""
+        """Close what nobody will await, or Python would warn. Tell if it was there."""
         if self.coroutine is None:
             return False
         self.coroutine.close()
@@ -874,8 +874,8 @@ def _run_in_thread(job: _Job) -> BaseException | None:
     Call a job in this thread. Return what it raised. If the call gave a coroutine, that
     is left in the job, to be awaited.
 
-    Here and in _Worker.run_steps() exceptions of every kind end: a job's SystemExit is no
-    reason to stop the server, and its CancelledError says nothing about us.
+    Here and in _Worker.run_steps() exceptions of every kind end: a job's SystemExit is
+    no reason to stop the server, and its CancelledError says nothing about us.
     """
     try:
         value = job.context.run(_enter_and_call, job)
