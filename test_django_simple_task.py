@@ -10557,13 +10557,14 @@ class Model:
         return [call.name for call in self.running if not call.elsewhere]
 
     def overtaken(self, call):
-        taken = max(call.since, self.freed)
+        # A worker looks at priority after priority, and others defer meanwhile.
+        looked = max(call.since, self.freed) if self.settled else self.freed
         return [
             other.name
             for other in self.calls
             if other.state == "pending"
             and other.priority >= call.priority
-            and other.by < (call.since if other.priority == call.priority else taken)
+            and other.by < (call.since if other.priority == call.priority else looked)
         ]
 
     def end(self, call, error):
