@@ -45,6 +45,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -400,11 +401,8 @@ def _deadline(seconds: float | None) -> float:
     return math.inf if seconds is None else monotonic() + seconds
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+# As asyncio.get_running_loop(), but for None where that raises.
+_running_loop = asyncio._get_running_loop
 
 
 class _LoopEvent:
@@ -1859,20 +1857,13 @@ async def _take_leave(
         _lose([job for job in movable if unsettled.pop(job, job) is None])
 
 
-class _reported:
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
     """Report whatever is raised, of whatever kind, and go on."""
-
-    # Not a generator, which takes a tenth of the time of a Task.
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        """Nothing is to be done before."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is not None:
-            _write(logging.ERROR, self.what, exception=error)
-        return True
+    try:
+        yield
+    except BaseException as error:
+        _write(logging.ERROR, what, exception=error)
 
 
 # Process
@@ -2500,7 +2491,7 @@ class _TaskJob(_Job):
         self.task = task
         self.movable = backend.options.get("OVERFLOW_BACKEND") is not None
         self.result_id = _process.new_result_id()
-        # The fields of its TaskResult. Replaced as a whole: no reader sees half.
+        # The fields of its TaskResult. Read and changed as a whole: nobody sees half.
         self.state = {
             "task": task,
             "id": self.result_id,
@@ -2523,22 +2514,19 @@ class _TaskJob(_Job):
 
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
-        state = self.state
-        own = {
-            "args": _copy_json(state["args"]),
-            "kwargs": _copy_json(state["kwargs"]),
-            "errors": state["errors"].copy(),
-            "worker_ids": state["worker_ids"].copy(),
-            "_return_value": _copy_json(state["_return_value"]),
-        }
+        fields = self.state.copy()
+        for name in "args", "kwargs", "_return_value":
+            fields[name] = _copy_json(fields[name])
+        for name in "errors", "worker_ids":
+            fields[name] = fields[name].copy()
         # Its constructor takes no return value, and copies with care what is a copy.
         result = object.__new__(tasks.TaskResult)
-        for name, value in {**state, **own}.items():
-            object.__setattr__(result, name, value)  # as nobody else may change it
+        for name, value in fields.items():
+            _SETTERS[name](result, value)
         return result
 
     def change(self, **changes: Any) -> None:
-        self.state = {**self.state, **changes}
+        self.state.update(changes)
 
     def tell(
         self, signal: Any, result: Any, error: BaseException | None = None
@@ -2546,20 +2534,20 @@ class _TaskJob(_Job):
         """Send a signal, off the loop, since receivers may use the ORM."""
         try:
             _off_the_loop(functools.partial(self.send, signal, result, error))
-        except RuntimeError as failure:  # no thread can be started
-            _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
+        except BaseException as failure:  # a receiver's, or no thread can be started
+            what = "A signal of a Task was not delivered."
+            _write(logging.ERROR, what, exception=failure)
 
     def send(self, signal: Any, result: Any, error: BaseException | None) -> None:
-        with _reported(_NOT_DELIVERED):
-            try:
-                if error is not None:
-                    raise error  # receivers log what is being handled: Django's do
-            except BaseException:
-                signal.send_robust(type(self.backend), task_result=result)
-            else:
-                signal.send_robust(type(self.backend), task_result=result)
-            finally:
-                del error  # or it would keep itself alive, by way of this frame
+        try:
+            if error is not None:
+                raise error  # receivers log what is being handled: Django's do
+        except BaseException:
+            signal.send_robust(type(self.backend), task_result=result)
+        else:
+            signal.send_robust(type(self.backend), task_result=result)
+        finally:
+            del error  # or it would keep itself alive, by way of this frame
 
     def find_room(self) -> tuple[_Pool | None, Any]:
         """Return where it may wait; or, with None, the Task to enqueue elsewhere."""
@@ -2585,8 +2573,8 @@ class _TaskJob(_Job):
         """Tell that it is queued, without blocking the loop."""
         # Not by sync_to_async() nor asend(), with which the SystemExit of an async
         # receiver would end the caller's loop.
-        send = functools.partial(self.send, tasks.signals.task_enqueued, result, None)
-        await asyncio.wait({asyncio.wrap_future(_in_helper(send))})
+        tell = functools.partial(self.tell, tasks.signals.task_enqueued, result)
+        await asyncio.wait({asyncio.wrap_future(_in_helper(tell))})
 
     def start(self, worker: str) -> None:
         now = now_in_django()
@@ -2655,7 +2643,18 @@ class _TaskJob(_Job):
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
 
-_NOT_DELIVERED = "A signal of a Task was not delivered."
+def _setter(name: str) -> Callable[[Any, Any], None]:
+    """Return what sets a field of a TaskResult, which is frozen."""
+    slot = vars(tasks.TaskResult).get(name)
+    if inspect.ismemberdescriptor(slot):
+        return slot.__set__  # in half the time
+    return lambda result, value: object.__setattr__(result, name, value)
+
+
+_SETTERS = {
+    field.name: _setter(field.name)
+    for field in (dataclasses.fields(tasks.TaskResult) if tasks else ())
+}
 _NO_CONTEXT = Context()
 
 
