@@ -324,8 +324,10 @@ def _pool_with_room() -> _Pool | None:
     if immediate is not False and _setting(_IMMEDIATE):
         _check_installed()
         return None
-    pools = _process.pools.copy()  # other threads change it
-    pool = pools[0] if len(pools) == 1 else _process.serving_pool()
+    try:
+        (pool,) = _process.pools  # in one step, since other threads change it
+    except ValueError:
+        pool = _process.serving_pool()
     if type(maxsize) is not int or maxsize < 0:
         maxsize = _setting(_QUEUE_MAXSIZE)
     if maxsize and pool.queue.qsize() >= maxsize:
@@ -1054,6 +1056,20 @@ _LONGEST_TRACEBACK = 20_000
 _Entry = tuple[float, int, _Job]
 
 
+class _Levels(dict[int, deque["_Job | _Call"]]):
+    """What waits at each priority, first in, first out. A level comes as it is needed."""
+
+    def __init__(self, order: list[tuple[int, deque[_Job | _Call]]]) -> None:
+        self.order = order
+
+    def __missing__(self, priority: int) -> deque[_Job | _Call]:
+        new: deque[_Job | _Call] = deque()
+        level = self.setdefault(priority, new)
+        if level is new:  # else another thread was faster
+            insort(self.order, (-priority, level))
+        return level
+
+
 class _Queue:
     """
     Where the jobs of a loop wait: by priority, then arrival; and by the clock, those
@@ -1064,9 +1080,9 @@ class _Queue:
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, deque[_Job | _Call]] = {}
         # The highest priority first.
         self._order: list[tuple[int, deque[_Job | _Call]]] = []
+        self.levels = _Levels(self._order)
         # Heaps, the first due first.
         self.retries: list[_Entry] = []
         self.scheduled: list[_Entry] = []
@@ -1078,16 +1094,6 @@ class _Queue:
     def ready(self) -> int:
         """Return the number of jobs that a worker may take."""
         return sum([len(level) for _, level in self._order])
-
-    def put(self, job: _Job | _Call, priority: int) -> None:
-        try:
-            self._levels[priority].append(job)
-        except KeyError:
-            level: deque[_Job | _Call] = deque([job])
-            if self._levels.setdefault(priority, level) is level:
-                insort(self._order, (-priority, level))
-            else:  # another thread was faster
-                self._levels[priority].append(job)
 
     def put_later(self, job: _Job, due: float) -> bool:
         """Return whether it is the first one due."""
@@ -1109,9 +1115,9 @@ class _Queue:
     def advance(self, now: float, *, retry_at_once: bool) -> float:
         """Make ready what is due. Return when the next job will be."""
         for _, _, job in _pop_until(self.retries, math.inf if retry_at_once else now):
-            self.put(job, job.options.priority)
+            self.levels[job.options.priority].append(job)
         for _, _, job in _pop_until(self.scheduled, now):
-            self.put(job, job.options.priority)
+            self.levels[job.options.priority].append(job)
         firsts = self.retries[:1] + self.scheduled[:1]
         return min((due for due, _, _ in firsts), default=math.inf)
 
@@ -1556,7 +1562,7 @@ class _Pool:
     # From any thread
 
     def put(self, job: _Job | _Call, priority: int) -> None:
-        self.queue.put(job, priority)
+        self.queue.levels[priority].append(job)
         if self.closed:
             self.evict()
         elif self.idle and (not self.waking or self.loop.is_closed()):
