@@ -894,7 +894,7 @@ async def _awaiting(awaitable: Awaitable[Any]) -> Any:
 
 async def _in_shared_thread(job: _Job) -> Any:
     # Not in the lane, which a job on the loop has for its thread-sensitive calls.
-    _thread_sensitive_context.set(None)
+    token = _thread_sensitive_context.set(None)
     _inside_job.set(True)
     _process.shares_thread = True
     # By way of a box, as the frames of asgiref and of the thread would keep alive what
@@ -918,16 +918,8 @@ async def _in_shared_thread(job: _Job) -> Any:
         del error  # or it would keep itself alive, by way of this frame
     if not inspect.iscoroutine(value):
         return value
-    try:
-        return await value
-    finally:
-        _call_in_shared_thread(_clean_connections)
-
-
-def _call_in_shared_thread(function: Callable[[], Any]) -> None:
-    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-        if _process.shares_thread and _shared_thread is not None:
-            _shared_thread.submit(function)
+    _thread_sensitive_context.reset(token)  # others have the thread now
+    return await value
 
 
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
@@ -1258,7 +1250,9 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
         for worker in pool.workers:
             if worker.lane.connections:
                 worker.lane.call(worker.lane.part)
-    _call_in_shared_thread(connections.close_all)
+    if _process.shares_thread and _shared_thread is not None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+            _shared_thread.submit(connections.close_all)
 
 
 def _clean_connections() -> None:

@@ -4100,7 +4100,9 @@ def run_with_database(tmp_path, body, *, max_age=0, **settings):
     return result
 
 
-@pytest.mark.parametrize("kinds", ["sync", "async", "sync async"])
+@pytest.mark.parametrize(
+    "kinds", [["sync"], ["async"], ["sync", "async"], ["async", "shared coroutine"]]
+)
 def test_no_two_jobs_in_flight_share_a_connection(kinds, tmp_path):
     """Four jobs meet inside the ORM's threads, hence none is behind another."""
     run_with_database(
@@ -4116,7 +4118,7 @@ def test_no_two_jobs_in_flight_share_a_connection(kinds, tmp_path):
             barrier.wait()
 
         for n in range(8):
-            defer_as({kinds.split()!r}[n % {len(kinds.split())}], meet)
+            defer_as({kinds!r}[n % {len(kinds)}], meet)
         assert join(15)
         assert stats()["succeeded"] == 8, stats()
         for one in seen[:4], seen[4:]:
