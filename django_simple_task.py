@@ -2108,20 +2108,13 @@ class _Background(_Pool):
             with contextlib.suppress(ValueError):
                 _process.retiring.remove(self)
 
-    async def shut_down(self) -> None:
-        self.begin_shutdown()
-        if self.retired is None:
-            await self.end()
-
     def drain_at_exit(self) -> None:
         """In the main thread: wait for the drain. Ctrl-C ends the grace period."""
-        ends = [asyncio.run_coroutine_threadsafe(self.shut_down(), self.loop)]
-        if self.retired is not None:
-            ends.append(self.retired)
+        self.begin_shutdown()
+        end = self.retired or asyncio.run_coroutine_threadsafe(self.end(), self.loop)
         while True:
             try:
-                for end in ends:
-                    end.result()
+                end.result()
                 break
             except KeyboardInterrupt:
                 self.deadline = monotonic()
