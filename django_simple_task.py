@@ -1724,7 +1724,10 @@ class _Pool:
                 worker.overdue = True
             else:
                 worker.task.cancel()
-        await self.part_with(waiting, [job for job, _ in begun], at_once=at_once)
+        if at_once:
+            _lose(waiting)
+        else:
+            await self.part_with(waiting, [job for job, _ in begun])
         await self.come_to_rest()
 
     async def come_to_rest(self) -> None:
@@ -1737,18 +1740,13 @@ class _Pool:
         for worker in self.workers:
             worker.overdue = worker not in self.idle
 
-    async def part_with(
-        self, waiting: list[_Job], begun: list[_Job], *, at_once: bool = False
-    ) -> None:
-        """Lose jobs, at once or after those were handed over that another takes."""
-        movable: list[Any] = []
-        lost: list[_Job] = []
-        for job in waiting:
-            moves = job.movable and not job.attempt and not at_once
-            (movable if moves else lost).append(job)
+    async def part_with(self, waiting: list[_Job], begun: list[_Job]) -> None:
+        """Hand over the jobs that another backend takes, and lose the others."""
+        movable = {job: None for job in waiting if job.movable and not job.attempt}
+        lost = [job for job in waiting if job not in movable]
         _lose(lost)
         told = [job for job in [*lost, *begun] if job.observed]
-        if (movable or told) and not at_once:
+        if movable or told:
             await _take_leave(movable, told, self.spare_thread())
 
     def spare_thread(self) -> Callable[[Callable[[], Any]], Any]:
@@ -1828,10 +1826,10 @@ def _lose_in_flight(job: _Job, started: float) -> None:
 
 
 async def _take_leave(
-    movable: Sequence[Any], lost: Sequence[_Job], call: Callable[..., Any]
+    unsettled: dict[Any, None], lost: Sequence[_Job], call: Callable[..., Any]
 ) -> None:
     """Hand jobs over, and tell of the lost: off the loop, and not for long."""
-    unsettled = dict.fromkeys(movable)
+    movable = list(unsettled)
     done = _LoopEvent()
 
     def take_leave() -> None:
