@@ -1770,11 +1770,11 @@ class _Pool:
                 waiting.append(job)
         return waiting, begun
 
-    async def finish(self) -> None:
+    async def finish(self, *, at_once: bool = False) -> None:
         """Withdraw after the drain. Scheduled jobs are given up; late ones move on."""
         self.withdraw()
-        if monotonic() >= self.deadline:
-            await self.abandon()
+        if at_once or monotonic() >= self.deadline:
+            await self.abandon(at_once=at_once)
         else:
             scheduled = []
             for due, job in self.queue.clear():
@@ -2247,9 +2247,7 @@ class _Lifespan:
         """Give up at once what is unfinished, and report it."""
         self.inner.cancel()
         if self.pool is not None:
-            self.pool.withdraw()
-            await self.pool.abandon(at_once=True)
-            await self.pool.end_lanes()
+            await self.pool.finish(at_once=True)
 
 
 class _InnerLifespan:
