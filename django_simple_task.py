@@ -1779,7 +1779,7 @@ class _Pool:
             scheduled = []
             for due, job in self.queue.clear():
                 if due is None or job.attempt or self.heir is not None:
-                    self.give_away(job, due if self.heir else None)
+                    self.give_away(job, due)
                 else:
                     scheduled.append(job)
             await self.part_with(scheduled, [])
