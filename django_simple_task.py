@@ -230,15 +230,9 @@ _LONGEST_NAME = 200
 class QueueFull(queue.Full):
     """The queue holds as many jobs as DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE allows."""
 
-    def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or self.__doc__)
-
 
 class JobLost(RuntimeError):
     """The process ended before the job did."""
-
-    def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or self.__doc__)
 
 
 # Handing over
@@ -331,7 +325,7 @@ def _pool_with_room() -> _Pool | None:
     if type(maxsize) is not int or maxsize < 0:
         maxsize = _setting(_QUEUE_MAXSIZE)
     if maxsize and pool.queue.qsize() >= maxsize:
-        raise QueueFull
+        raise QueueFull(f"As many jobs wait as {_QUEUE_MAXSIZE} allows: {maxsize}.")
     return pool
 
 

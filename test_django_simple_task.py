@@ -367,17 +367,13 @@ def test_settings_are_read_at_each_call_after_plain_assignment(ledger):
 
 
 def test_queue_full_is_a_queue_full_of_the_standard_library():
-    """Who caught queue.Full catches ours; raised bare, it explains itself."""
+    """Who caught queue.Full catches ours."""
     assert issubclass(QueueFull, queue.Full)
-    assert QUEUE_MAXSIZE in str(QueueFull())
-    assert str(QueueFull("Full.")) == "Full."
 
 
 def test_job_lost_is_a_runtime_error():
-    """Raised bare, it explains itself."""
+    """Who reads a TaskResult finds it by its path."""
     assert issubclass(JobLost, RuntimeError)
-    assert str(JobLost())
-    assert str(JobLost("Gone.")) == "Gone."
 
 
 # Handing over
