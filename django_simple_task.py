@@ -1885,7 +1885,7 @@ class _Process:
         # Ids by alias, the oldest first.
         self.finished: defaultdict[str, deque[str]] = defaultdict(deque)
         self.result_ids: deque[str] = deque()
-        self.watchers: dict[object, Callable[[], None]] = {}
+        self.watchers: set[Callable[[], None]] = set()
         self.requests_seen = False
         self.shares_thread = False
         self.prepared = False
@@ -1943,15 +1943,14 @@ class _Process:
     @contextlib.contextmanager
     def watching(self, callback: Callable[[], None]) -> Iterator[None]:
         """Have a function called, in whatever thread, when all jobs may have ended."""
-        key = object()
-        self.watchers[key] = callback
+        self.watchers.add(callback)
         try:
             yield
         finally:
-            self.watchers.pop(key, None)
+            self.watchers.discard(callback)
 
     def notify(self) -> None:
-        for callback in self.watchers.copy().values():
+        for callback in self.watchers.copy():
             callback()
 
     def serving_pool(self) -> _Pool:
