@@ -2668,9 +2668,7 @@ def _check_backend(backend: SimpleTaskBackend) -> Iterator[checks.CheckMessage]:
         field = _BACKEND_OPTIONS.get(name)
         if field is None:
             fault = f"{where} must not have the key {_cut(str(name))!r}."
-            yield _backend_fault(
-                5, fault, f"It may have {', '.join(_BACKEND_OPTIONS)}."
-            )
+            yield _error(5, fault, f"It may have {', '.join(_BACKEND_OPTIONS)}.")
             continue
         try:
             field.clean(value)
@@ -2678,7 +2676,7 @@ def _check_backend(backend: SimpleTaskBackend) -> Iterator[checks.CheckMessage]:
             fault = (
                 f'{where}["{name}"] is {_cut(repr(value))}: it must be {field.allowed}.'
             )
-            yield _backend_fault(6, fault, f"Set it to {field.allowed}.")
+            yield _error(6, fault, f"Set it to {field.allowed}.")
             return
     yield from _check_overflow(backend, f'{where}["OVERFLOW_BACKEND"]')
 
@@ -2692,23 +2690,21 @@ def _check_overflow(
     if alias == backend.alias or alias not in tasks.task_backends.settings:
         others = ", ".join(sorted(set(tasks.task_backends.settings) - {backend.alias}))
         fault = f"{where} is {_cut(repr(alias))}: it must be another alias of TASKS."
-        yield _backend_fault(7, fault, f"There are: {others or 'no others'}.")
+        yield _error(7, fault, f"There are: {others or 'no others'}.")
         return
     other = tasks.task_backends[alias]
     if isinstance(other, SimpleTaskBackend):
         fault = f"{where} is {alias!r}, which is in this process, too."
-        yield _backend_fault(7, fault, "Name an alias with a durable engine.")
+        yield _error(7, fault, "Name an alias with a durable engine.")
     there = other.queues
     missing = backend.queues - there if backend.queues else {"any other"}
     if there and missing:
         names = ", ".join(sorted(missing))
         fault = f"{where} is {alias!r}, which has not every queue: {names}."
-        yield _backend_fault(
-            8, fault, f'Add to TASKS["{alias}"]["QUEUES"], or set it to [].'
-        )
+        yield _error(8, fault, f'Add to TASKS["{alias}"]["QUEUES"], or set it to [].')
 
 
-def _backend_fault(number: int, message: str, hint: str) -> checks.CheckMessage:
+def _error(number: int, message: str, hint: str) -> checks.CheckMessage:
     return checks.Error(message, hint=hint, id=f"{_LABEL}.E{number:03}")
 
 
@@ -2774,8 +2770,7 @@ def _check_settings(**kwargs: Any) -> Iterator[checks.CheckMessage]:
         try:
             _setting(name)
         except ImproperlyConfigured as error:
-            hint = f"Set it to {field.allowed}."
-            yield checks.Error(str(error), hint=hint, id=f"{_LABEL}.E{number:03}")
+            yield _error(number, str(error), f"Set it to {field.allowed}.")
     for name in dir(settings):
         if name.startswith(_PREFIX) and name not in _SETTINGS:
             (nearest,) = difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0)
