@@ -210,11 +210,6 @@ def _number_in(value: Any) -> Any:
     return value
 
 
-def _check_settings_now() -> None:
-    for name in _SETTINGS:
-        _setting(name)
-
-
 def _cut(text: str) -> str:
     """Make text of unknown origin fit for a line of a log."""
     text = text[: _LONGEST_NAME + 1].encode("unicode_escape").decode()
@@ -316,7 +311,7 @@ def _pool_with_room() -> _Pool | None:
     except KeyError:
         immediate = maxsize = None
     if immediate is not False and _setting(_IMMEDIATE):
-        _check_installed()
+        _check_configuration()
         return None
     try:
         (pool,) = _process.pools  # in one step, since other threads change it
@@ -1984,8 +1979,7 @@ class _Process:
             raise RuntimeError(
                 "The interpreter is shutting down: it runs no more jobs."
             )
-        _check_installed()
-        _check_settings_now()
+        _check_configuration()
         background = _Background()
         first = self.background.setdefault("", background)
         if first is not background:  # another thread, or a signal handler, was faster
@@ -2308,8 +2302,7 @@ def _why_not_to_start() -> str | None:
             "Jobs run on asyncio's event loop; this server's worker has none (trio?)."
         )
     try:
-        _check_installed()
-        _check_settings_now()
+        _check_configuration()
     except ImproperlyConfigured as error:
         return str(error)
     return None
@@ -2748,21 +2741,23 @@ if __name__ != "__main__":
     sys.modules[f"{__name__}.apps"] = sys.modules[__name__]
 
 
-def _check_installed() -> None:
-    installed = registry.app_configs.get(_LABEL)
-    if isinstance(installed, DjangoSimpleTaskConfig):
-        return
-    if installed is not None:
-        raise ImproperlyConfigured(
-            f"This file was imported as {__name__} and as {installed.name}: import it "
-            "by the name that INSTALLED_APPS has."
-        )
-    if not registry.apps_ready:
+def _check_configuration() -> None:
+    """Raise ImproperlyConfigured if the app or a setting is not in order."""
+    app = registry.app_configs.get(_LABEL)
+    if app is None and not registry.apps_ready:
         raise ImproperlyConfigured(
             f"Django's apps are not loaded yet: use {__name__} after django.setup(), "
             "not while modules are being imported."
         )
-    raise ImproperlyConfigured(f'Add "{__name__}" to INSTALLED_APPS.')
+    if app is None:
+        raise ImproperlyConfigured(f'Add "{__name__}" to INSTALLED_APPS.')
+    if not isinstance(app, DjangoSimpleTaskConfig):
+        raise ImproperlyConfigured(
+            f"This file was imported as {__name__} and as {app.name}: import it by the "
+            "name that INSTALLED_APPS has."
+        )
+    for name in _SETTINGS:
+        _setting(name)
 
 
 def _check_settings(**kwargs: Any) -> Iterator[checks.CheckMessage]:

@@ -4994,7 +4994,7 @@ def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (django_simple_task, "_check_settings_now"),
+        (django_simple_task, "_check_configuration"),
         (django_simple_task._Background, "startup"),
     ],
     ids=["before", "amid"],
