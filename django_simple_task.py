@@ -2711,7 +2711,6 @@ class DjangoSimpleTaskConfig(AppConfig):
 
     name = __name__
     label = _LABEL
-    verbose_name = "Django Simple Task"
     # Not the folder of the file: with a copy in a project's root, the whole project
     # would be taken for this app, its templates, fixtures and commands included.
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
