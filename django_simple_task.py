@@ -560,7 +560,8 @@ class _Job:
 
     def renew_context(self) -> None:
         """Hide from this attempt what the one before has set."""
-        self.pristine = self.pristine or self.context
+        if self.pristine is None:  # an empty one would be false
+            self.pristine = self.context
         self.context = self.pristine.copy()
 
     def call(self) -> Any:

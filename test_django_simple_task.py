@@ -1868,6 +1868,27 @@ def test_each_attempt_has_the_context_anew(ledger, kind, immediately):
     assert ledger.runs == [("caller's", "de", "Asia/Tokyo", "/app/", None)] * 3
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_each_attempt_has_an_empty_context_anew(ledger, kind):
+    """An empty context is false, but there."""
+    variable = contextvars.ContextVar("variable", default="unset")
+
+    def work():
+        ledger.note(variable.get())
+        variable.set("set")
+        raise ValueError
+
+    def call():
+        assert len(contextvars.copy_context()) == 0
+        defer_as(kind, work, max_attempts=3, backoff=0)
+        assert join(HANG)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    caller.join(HANG)
+    assert ledger.runs == ["unset"] * 3
+
+
 def query_in_file():
     """Use the ORM in this thread, and leave nothing open."""
     try:
