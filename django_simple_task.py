@@ -1737,14 +1737,43 @@ class _Pool:
         _lose(lost)
         told = [job for job in [*lost, *begun] if job.observed]
         if movable or told:
-            await _take_leave(movable, told, self.spare_thread())
+            await self.take_leave(movable, told)
 
-    def spare_thread(self) -> Callable[[Callable[[], Any]], Any]:
-        """Return what calls a function in an idle worker's thread, or in a new one."""
+    async def take_leave(
+        self, unsettled: dict[Any, None], lost: Sequence[_Job]
+    ) -> None:
+        """Hand jobs over, and tell of the lost: off the loop, and not for long."""
+        movable = list(unsettled)
+        done = _LoopEvent()
+
+        def call() -> None:
+            for job in movable:
+                if job not in unsettled:
+                    return connections.close_all()  # the time is up
+                with _reported(f"{job.name} could not be handed over."):
+                    where = job.hand_over()
+                    if unsettled.pop(job, job) is None:
+                        job.lose(where)
+                        _process.handed_over.step()
+            for job in lost:
+                job.tell_end()
+            connections.close_all()
+            done.set()
+
+        try:
+            self.call_in_spare_thread(call)
+            await done.wait(monotonic() + _LEAVE)
+        except RuntimeError as error:  # just now no thread can be started
+            _write(logging.ERROR, "No Task could be handed over.", exception=error)
+        finally:  # also when the server has cancelled the lifespan
+            _lose([job for job in movable if unsettled.pop(job, job) is None])
+
+    def call_in_spare_thread(self, function: Callable[[], Any]) -> None:
+        """Call a function in the thread of an idle worker, or in a new one."""
         for worker in self.idle.copy():
             if worker.lane.thread is not None:
-                return worker.lane.call
-        return _in_helper
+                return worker.lane.call(function)
+        _in_helper(function)
 
     def seize(self) -> tuple[list[_Job], list[tuple[_Job, _Worker]]]:
         """Take what is unfinished: jobs not begun, and jobs begun, which are lost."""
@@ -1813,36 +1842,6 @@ def _lose_in_flight(job: _Job, started: float) -> None:
     job.lose(f"The process ended {seconds} seconds after the job began.")
     _process.lost.step()
     _log(logging.ERROR, job, "lost in flight", seconds=seconds)
-
-
-async def _take_leave(
-    unsettled: dict[Any, None], lost: Sequence[_Job], call: Callable[..., Any]
-) -> None:
-    """Hand jobs over, and tell of the lost: off the loop, and not for long."""
-    movable = list(unsettled)
-    done = _LoopEvent()
-
-    def take_leave() -> None:
-        for job in movable:
-            if job not in unsettled:
-                return connections.close_all()  # the time is up
-            with _reported(f"{job.name} could not be handed over."):
-                where = job.hand_over()
-                if unsettled.pop(job, job) is None:
-                    job.lose(where)
-                    _process.handed_over.step()
-        for job in lost:
-            job.tell_end()
-        connections.close_all()
-        done.set()
-
-    try:
-        call(take_leave)
-        await done.wait(monotonic() + _LEAVE)
-    except RuntimeError as error:  # just now no thread can be started
-        _write(logging.ERROR, "No Task could be handed over.", exception=error)
-    finally:  # also when the server has cancelled the lifespan
-        _lose([job for job in movable if unsettled.pop(job, job) is None])
 
 
 @contextlib.contextmanager
