@@ -421,9 +421,7 @@ class _LoopEvent:
 def _run_immediately(job: _Job) -> None:
     """Run a job here and now. Of all that it may raise, KeyboardInterrupt is raised."""
     worker = _Immediate()
-    error: BaseException | None = None
-    delay: float | None = 0.0
-    while delay is not None:
+    while True:
         _process.in_flight[job] = worker
         worker.started = monotonic()
         job.begin(worker.name)
@@ -431,7 +429,8 @@ def _run_immediately(job: _Job) -> None:
         if job.coroutine is not None:
             here = functools.partial(job.context.run, _await_here, job)
             error = _off_the_loop(here)
-        delay = _record(job, error)
+        if _record(job, error) is None:  # else it is tried again, without a wait
+            break
     _process.notify()
     if isinstance(error, KeyboardInterrupt):
         raise error
