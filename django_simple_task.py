@@ -2464,11 +2464,10 @@ class _TaskJob(_Job):
         self.backend = backend
         self.task = task
         self.movable = backend.options.get("OVERFLOW_BACKEND") is not None
-        self.result_id = _process.new_result_id()
         # The fields of its TaskResult. Read and changed as a whole: nobody sees half.
         self.state = {
             "task": task,
-            "id": self.result_id,
+            "id": _process.new_result_id(),
             "status": tasks.TaskResultStatus.READY,
             "enqueued_at": None,
             "started_at": None,
@@ -2483,8 +2482,8 @@ class _TaskJob(_Job):
         }
 
     @property
-    def id(self) -> str:
-        return self.result_id
+    def id(self) -> Any:
+        return self.state["id"]
 
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
@@ -2540,7 +2539,7 @@ class _TaskJob(_Job):
     def register(self) -> Any:
         """Make the result known, and return it."""
         self.change(enqueued_at=now_in_django())
-        _process.results[self.result_id] = self
+        _process.results[self.id] = self
         return self.snapshot()
 
     async def announce(self, result: Any) -> None:
@@ -2602,7 +2601,7 @@ class _TaskJob(_Job):
         self.change(status=status, finished_at=now_in_django())
         self.context = _NO_CONTEXT  # or it would be kept for as long as the result
         finished = _process.finished[self.backend.alias]
-        finished.append(self.result_id)
+        finished.append(self.id)
         while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
             with contextlib.suppress(IndexError):  # another thread was faster
                 _process.results.pop(finished.popleft(), None)
