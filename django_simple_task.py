@@ -2049,9 +2049,8 @@ class _Background(_Pool):
     def startup(self) -> None:
         super().startup()
         # Now, as Python 3.12.0 to 3.12.2 start none once the main thread has ended.
-        with contextlib.suppress(RuntimeError):
-            for worker in self.workers:
-                worker.lane.start()
+        for worker in self.workers:
+            worker.lane.start()
 
     def undo_startup(self) -> None:
         """Leave no thread and no loop behind, nor what other threads have queued."""
