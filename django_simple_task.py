@@ -2208,7 +2208,7 @@ class _Lifespan:
         """Drain; let the application shut down; drain what that has deferred."""
         pool = self.pool
         if pool is None:
-            return await self.inner.shutdown(math.inf)
+            return None
         pool.begin_shutdown()
         await pool.drain()
         failure = await self.inner.shutdown(pool.deadline)
@@ -2252,8 +2252,6 @@ class _InnerLifespan:
 
     async def shutdown(self, deadline: float) -> str | None:
         """Return why it failed, None if it did not. It has some time in any case."""
-        if self.task is None:
-            return None
         deadline = max(deadline, monotonic() + _INNER_SHUTDOWN)
         failure = await self.ask("lifespan.shutdown", deadline)
         self.cancel()
