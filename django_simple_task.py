@@ -135,7 +135,8 @@ __all__ = [
 ]
 __version__ = "1.0.0"
 
-logger = logging.getLogger("django_simple_task")
+_LABEL = "django_simple_task"
+logger = logging.getLogger(_LABEL)
 
 _Coroutine = Coroutine[Any, Any, Any]
 
@@ -473,6 +474,21 @@ def _in_helper(function: Callable[[], Any]) -> Future[Any]:
 
     threading.Thread(target=call, name=f"{_LABEL}-helper", daemon=True).start()
     return future
+
+
+def _fulfil(
+    future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function(*args, **kwargs))
+    except StopIteration as error:  # which no asyncio.Future can carry
+        carrier = RuntimeError(f"StopIteration was raised: {error}")
+        carrier.__cause__ = error
+        future.set_exception(carrier)
+    except BaseException as error:
+        future.set_exception(error)
 
 
 # Jobs
@@ -1030,6 +1046,15 @@ def _traceback(error: BaseException) -> str:
 _LONGEST_TRACEBACK = 20_000
 
 
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Report whatever is raised, of whatever kind, and go on."""
+    try:
+        yield
+    except BaseException as error:
+        _write(logging.ERROR, what, exception=error)
+
+
 # Queue
 
 
@@ -1261,21 +1286,6 @@ def _clean_connections() -> None:
             _write(logging.ERROR, "A connection failed to close.", exception=error)
     if settings.DEBUG:
         reset_queries()
-
-
-def _fulfil(
-    future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function(*args, **kwargs))
-    except StopIteration as error:  # which no asyncio.Future can carry
-        carrier = RuntimeError(f"StopIteration was raised: {error}")
-        carrier.__cause__ = error
-        future.set_exception(carrier)
-    except BaseException as error:
-        future.set_exception(error)
 
 
 class _Sensitive(ThreadSensitiveContext):
@@ -1841,15 +1851,6 @@ def _lose_in_flight(job: _Job, started: float) -> None:
     job.lose(f"The process ended {seconds} seconds after the job began.")
     _process.lost.step()
     _log(logging.ERROR, job, "lost in flight", seconds=seconds)
-
-
-@contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """Report whatever is raised, of whatever kind, and go on."""
-    try:
-        yield
-    except BaseException as error:
-        _write(logging.ERROR, what, exception=error)
 
 
 # Process
@@ -2697,8 +2698,6 @@ def _error(number: int, message: str, hint: str) -> checks.CheckMessage:
 
 
 # App and checks
-
-_LABEL = "django_simple_task"
 
 
 class DjangoSimpleTaskConfig(AppConfig):
