@@ -285,7 +285,8 @@ def oracles(monkeypatch, request):
 
 
 PREAMBLE = """
-import asyncio, logging, os, signal, sys, threading, time
+import asyncio, faulthandler, logging, os, signal, sys, threading, time
+faulthandler.dump_traceback_later({timeout!r}, exit=True)
 import django
 from django.conf import settings
 logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
@@ -297,13 +298,15 @@ from django_simple_task import *
 
 def run_script(body, *, timeout=HANG, dev=True, **settings):
     """Run a script in a process of its own, after django.setup(); kill it if it hangs."""
-    code = PREAMBLE.replace("{settings!r}", repr(settings)) + textwrap.dedent(body)
+    preamble = PREAMBLE.replace("{settings!r}", repr(settings))
+    preamble = preamble.replace("{timeout!r}", repr(timeout))  # to see where it hangs
+    code = preamble + textwrap.dedent(body)
     return subprocess.run(
         [sys.executable, *(["-X", "dev"] if dev else []), "-c", code],
         capture_output=True,
         cwd=Path(__file__).parent,
         text=True,
-        timeout=timeout,
+        timeout=timeout + HANG,
     )
 
 

@@ -79,7 +79,7 @@ from heapq import heappop, heappush
 from importlib import import_module
 from threading import get_ident
 from time import monotonic
-from types import CoroutineType, FunctionType
+from types import CoroutineType, FunctionType, SimpleNamespace
 from types import coroutine as awaitable_generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -384,6 +384,7 @@ def stats() -> dict[str, int]:
 
 
 def _check_outside_jobs() -> None:
+    # One variable more for a coroutine to set would take a tenth of its time.
     if _inside_job.get() or type(_thread_sensitive_context.get(None)) is _Sensitive:
         raise RuntimeError("A job cannot wait until all jobs are done: it is one.")
 
@@ -425,11 +426,14 @@ def _run_immediately(job: _Job) -> None:
     while True:
         _process.in_flight[job] = worker
         worker.started = monotonic()
-        job.begin(worker.name)
-        error = _run_in_thread(job)
-        if job.coroutine is not None:
-            here = functools.partial(job.context.run, _await_here, job)
-            error = _off_the_loop(here)
+        try:
+            job.begin(worker.name)
+            error = _run_in_thread(job)
+            if job.coroutine is not None:
+                here = functools.partial(job.context.run, _await_here, job)
+                error = _off_the_loop(here)
+        except BaseException as interruption:  # Ctrl-C, or no thread can be started
+            error = interruption
         if _record(job, error) is None:  # else it is tried again, without a wait
             break
     _process.notify()
@@ -645,20 +649,25 @@ def _name(func: Any) -> str:
     """Name what a job calls; not by its repr, which may show arguments."""
     while isinstance(func, functools.partial):
         func = func.func
+    return _cut(_path(func))
+
+
+def _path(named: Any) -> str:
+    """Return where a function or class is to be found; of an object, its class."""
     try:
-        module, name = func.__module__ or "builtins", func.__qualname__
-    except Exception:  # it is no function, or hides what it is
+        module, name = named.__module__ or "builtins", named.__qualname__
+    except BaseException:  # it has no name, or a property that fails
         module = name = None
-    if not isinstance(module, str) or not isinstance(name, str):
-        module, name = type(func).__module__, type(func).__qualname__
-    return _cut(f"{module}.{name}")
+    if isinstance(module, str) and isinstance(name, str):
+        return f"{module}.{name}"
+    return _path(type(named))
 
 
 def _describe(error: BaseException) -> str:
     try:
         return _cut(f"{type(error).__name__}: {error}")
     except BaseException:  # of its own __str__
-        return _cut(type(error).__name__)
+        return _name(type(error))
 
 
 def _seconds_since(started: float) -> float:
@@ -689,10 +698,6 @@ def _is_coroutine_function(func: Any) -> bool:
             "function that consumes the generator."
         )
     return iscoroutinefunction(inner)
-
-
-# markcoroutinefunction() leaves an attribute; which, depends on the version of Python.
-((_MARK_NAME, _MARK),) = vars(markcoroutinefunction(lambda: None)).items()
 
 
 def _why_not_callable(func: Any) -> str:
@@ -820,6 +825,10 @@ def _connections_here() -> Mapping[str, Any]:
 
 # Where thread-sensitive work is done outside of requests, a thread for all of it.
 _shared_thread: Any = getattr(SyncToAsync, "single_thread_executor", None)
+# markcoroutinefunction() leaves an attribute; which, depends on the version of Python.
+_MARK_NAME, _MARK = next(
+    iter(vars(markcoroutinefunction(lambda: None)).items()), ("", object())
+)
 # The alias of a connection to the server, but to no database of the project.
 _NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
 
@@ -832,7 +841,9 @@ def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any] |
 
 
 # What a job does not inherit: asgiref's executors of the request, and Django's urlconf.
-_executors = _variable_of(setattr, AsyncToSync.executors, "current", None)
+_executors = _variable_of(
+    setattr, getattr(AsyncToSync, "executors", SimpleNamespace()), "current", None
+)
 _urlconf = _variable_of(set_urlconf, "of.the.request")
 
 # Not the job itself: it has the context, and would keep itself alive by way of it.
@@ -939,10 +950,7 @@ async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
         nonlocal expired, timer
         expired = True
         task.cancel()
-        give_up = functools.partial(_give_up, job)
-        # Off the loop, if there are receivers to be told of it.
-        later = functools.partial(_in_helper, give_up) if job.observed else give_up
-        timer = loop.call_later(_PATIENCE, later)
+        timer = loop.call_later(_PATIENCE, _give_up, job)
 
     timer = loop.call_later(seconds, expire)
     try:
@@ -981,7 +989,8 @@ def _record(
         return None
     options = job.options
     attempts_left = options.max_attempts - job.attempt
-    if attempts_left > 0 and isinstance(error, Exception) and not final:
+    may_go_on = issubclass(type(error), Exception)  # whatever its __class__ says
+    if attempts_left > 0 and may_go_on and not final:
         _process.retried.step()
         delay = options.backoff * 2.0 ** (job.attempt - 1) * random.uniform(0.9, 1.1)
         delay = min(delay, _LONGEST_BACKOFF)
@@ -995,10 +1004,18 @@ def _record(
 def _give_up(job: _Job) -> None:
     """Record as failed a job that ignores its cancellation. It keeps its worker."""
     worker = _process.in_flight.get(job)
-    if worker is not None:
-        worker.overdue = True
+    if worker is None:
+        return
+
+    def record() -> None:
         _record(job, _timeout_of(job), final=True)
         _process.notify()
+
+    worker.overdue = True
+    if job.observed:  # there are receivers to be told of it, off the loop
+        _in_helper(record)
+    else:
+        record()
 
 
 def _log(
@@ -1036,7 +1053,10 @@ def _write(
 
 def _traceback(error: BaseException) -> str:
     """Format a traceback, at a length that a log and a TaskResult can bear."""
-    text = "".join(traceback.format_exception(error)).rstrip("\n")
+    try:
+        text = "".join(traceback.format_exception(error)).rstrip("\n")
+    except BaseException:  # of its own attributes
+        text = _describe(error)
     if len(text) > _LONGEST_TRACEBACK:
         half = _LONGEST_TRACEBACK // 2
         text = f"{text[:half]}\n[...]\n{text[-half:]}"
@@ -1063,7 +1083,7 @@ _Entry = tuple[float, int, _Job]
 
 
 class _Levels(dict[int, deque["_Job | _Call"]]):
-    """What waits at each priority, first in, first out. A level comes as it is needed."""
+    """What waits at each priority, first in, first out. A level comes when needed."""
 
     def __init__(self, order: list[tuple[int, deque[_Job | _Call]]]) -> None:
         self.order = order
@@ -1139,10 +1159,12 @@ class _Queue:
 def _pop_until(heap: list[_Entry], until: float) -> Iterator[_Entry]:
     while heap:
         try:
+            if heap[0][0] > until:
+                return
             entry = heappop(heap)
         except IndexError:  # another thread was faster
             return
-        if entry[0] > until:
+        if entry[0] > until:  # it is not the one that was looked at
             heappush(heap, entry)
             return
         yield entry
@@ -1226,8 +1248,7 @@ class _Lane:
         """Close the connections, now or when the job on the loop has ended."""
         self.parting = self.used
         if not self.used:
-            with _reported("A connection failed to close."):
-                connections.close_all()
+            _close_connections()
 
     def end(self) -> Future[None]:
         """Let the thread end when it has done what it was called for."""
@@ -1267,6 +1288,11 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
     if _process.shares_thread and _shared_thread is not None:
         with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
             _shared_thread.submit(connections.close_all)
+
+
+def _close_connections() -> None:
+    with _reported("A connection failed to close."):
+        connections.close_all()
 
 
 def _clean_connections() -> None:
@@ -1322,11 +1348,12 @@ class _Worker:
         job = pool.queue.get()
         if job is None:
             return None
-        if pool.closed:
-            pool.give_away(job, None)
-            return None
         self.started = monotonic()
         _process.in_flight[job] = self
+        if pool.closed:  # looked at now, so that a drain or we have it, and not both
+            if _process.in_flight.pop(job, None) is not None:
+                pool.give_away(job, None)
+            return None
         return job
 
     def run(self, job: _Job | None) -> None:
@@ -1536,6 +1563,7 @@ class _Pool:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.thread = threading.current_thread()
         self.queue = _Queue()
         self.workers: list[_Worker] = []
         self.idle: set[_Worker] = set()
@@ -1565,7 +1593,7 @@ class _Pool:
         first = self.queue.put_later(job, due)
         if self.closed:
             self.evict()
-        elif first or self.draining:
+        elif first or self.draining or _process.watchers:
             self.wake()
 
     def hand_back(self, worker: _Worker, job: _Job | None) -> None:
@@ -1577,13 +1605,16 @@ class _Pool:
         """Have the loop look at what there is to do."""
         if self.waking and not self.loop.is_closed():
             return
-        self.waking = True
         try:
+            self.waking = True
             self.loop.call_soon_threadsafe(self.dispatch, context=self.context)
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
             self.clear_returning()
             self.evict()
+        except BaseException:  # Ctrl-C, just here: then the next one wakes it
+            self.waking = False
+            raise
 
     def clear_returning(self) -> None:
         """Give away the jobs that were on their way to a loop that is no more."""
@@ -1613,7 +1644,7 @@ class _Pool:
     def give_away(self, job: _Job, due: float | None) -> None:
         try:
             pool = self.heir or _process.serving_pool()
-        except RuntimeError:  # just now no thread can be started
+        except Exception:  # just now no thread, or no loop, can be had
             return _lose([job])
         if due is None:
             pool.put(job, job.options.priority)
@@ -1647,6 +1678,8 @@ class _Pool:
         while self.idle and self.queue.ready():
             worker = self.idle.pop()
             worker.run(worker.take())
+        if self.queue.scheduled and _process.watchers:
+            _process.notify()  # they may have looked before it was scheduled
 
     def set_timer(self, due: float) -> None:
         """Have the loop look again when the next job is due."""
@@ -1669,8 +1702,13 @@ class _Pool:
         return self.at_rest() and not self.queue.ready() and not self.queue.retries
 
     def at_rest(self) -> bool:
-        """Tell whether no worker has a job, but for one that was given up."""
-        return all(worker in self.idle or worker.overdue for worker in self.workers)
+        """Tell whether nothing is in flight, but for what was given up."""
+        resting = all(worker in self.idle or worker.overdue for worker in self.workers)
+        return resting and not self.predecessors()
+
+    def predecessors(self) -> list[_Background]:
+        """Return what served before, and has jobs in flight that end there."""
+        return [each for each in _process.retiring.copy() if each.heir is self]
 
     def begin_shutdown(self) -> None:
         """Let the grace period begin. Retries do not wait any more."""
@@ -1700,6 +1738,8 @@ class _Pool:
         """Say what a drain waits for, and which setting bounds it."""
         flying = self.in_flight()
         pending = self.queue.ready() + len(self.queue.retries)
+        if not flying and not pending:
+            return  # it waits for a predecessor, which tells of its own
         named = [
             f"job={job.name} id={job.id} seconds={now - worker.started:.1f}"
             for job, worker in flying[:_MOST_NAMED]
@@ -1718,6 +1758,8 @@ class _Pool:
     async def abandon(self, *, at_once: bool = False) -> None:
         """Give up what is unfinished: cancel it on the loop, leave it in a thread."""
         waiting, begun = self.seize()
+        for predecessor in self.predecessors():
+            predecessor.deadline = monotonic()
         for _, worker in begun:
             if worker.task is None:
                 worker.overdue = True
@@ -1758,7 +1800,7 @@ class _Pool:
         def call() -> None:
             for job in movable:
                 if job not in unsettled:
-                    return connections.close_all()  # the time is up
+                    return _close_connections()  # the time is up
                 with _reported(f"{job.name} could not be handed over."):
                     where = job.hand_over()
                     if unsettled.pop(job, job) is None:
@@ -1766,7 +1808,7 @@ class _Pool:
                         _process.handed_over.step()
             for job in lost:
                 job.tell_end()
-            connections.close_all()
+            _close_connections()
             done.set()
 
         try:
@@ -1883,7 +1925,7 @@ class _Process:
         self.watchers: set[Callable[[], None]] = set()
         self.requests_seen = False
         self.shares_thread = False
-        self.prepared = False
+        self.prepared = _Counter()
         self.exiting = False
         self.accepted = _Counter()
         self.rejected = _Counter()
@@ -2001,6 +2043,7 @@ class _Process:
                 "no thread can be started for jobs."
             ) from error
         self.pools.append(background)
+        background.wake()  # only from now on its scheduled jobs are seen
         if background.closed:  # a lifespan has started meanwhile
             background.withdraw()
         background.say_so()
@@ -2008,7 +2051,7 @@ class _Process:
 
     def prepare(self) -> None:
         """Be ready for a fork and for the end, once there is something to lose."""
-        if self.prepared:
+        if self.prepared.step() > 1:
             return
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.start_empty)
@@ -2016,24 +2059,28 @@ class _Process:
         # look-ups, asyncio.to_thread() and sync_to_async().
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self.drain_at_exit)
-        self.prepared = True
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
-        for pool in [*self.pools, *self.retiring]:
+        parents = vars(self).copy()  # what goes with them may defer, from its __del__
+        vars(self).update(vars(_Process()))
+        self.prepared.step()
+        _inside_job.set(False)  # in which it may have been forked
+        for pool in [*parents["pools"], *parents["retiring"]]:
             pool.closed = True
             for _ in pool.queue.clear():
                 continue
-        vars(self).update(vars(_Process()))
-        self.prepared = True
 
     def drain_at_exit(self) -> None:
         """In the main thread, at the end of the interpreter."""
-        for background in [*self.retiring, *self.background.values()]:
-            background.drain_at_exit()
+        while backgrounds := [*self.retiring, *self.background.values()]:
+            for background in backgrounds:
+                background.drain_at_exit()
         self.exiting = True
-        for pool in self.pools.copy():  # their loops have ended without a shutdown
-            pool.withdraw()
+        for pool in self.pools.copy():
+            if pool.loop.is_running() and not pool.thread.daemon:
+                continue  # Python waits for a server in another thread
+            pool.withdraw()  # its loop has ended without a shutdown, or will
             _lose(pool.seize()[0])
 
 
@@ -2045,7 +2092,7 @@ class _Background(_Pool):
         self.thread = threading.Thread(
             target=self.serve_in_thread, name=f"{_LABEL}-background", daemon=True
         )
-        self.retired: Future[None] | None = None
+        self.ended: Future[None] = Future()
 
     def startup(self) -> None:
         super().startup()
@@ -2059,6 +2106,7 @@ class _Background(_Pool):
         for worker in self.workers:
             worker.lane.end()
         self.loop.close()
+        self.ended.set_result(None)
         self.evict()
 
     def say_so(self) -> None:
@@ -2071,9 +2119,31 @@ class _Background(_Pool):
         _write(level, f"No lifespan: jobs run in a background thread{reason}.")
 
     def serve_in_thread(self) -> None:
-        self.loop.run_forever()
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.loop.close()
+        stopped = False
+        while not stopped:
+            # asyncio has a SystemExit get through that a task raises, of a job's own.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self.loop.run_forever()
+                stopped = True
+        try:
+            self.loop.run_until_complete(self.cancel_what_is_left())
+        finally:
+            self.loop.close()
+            self.ended.set_result(None)
+
+    async def cancel_what_is_left(self) -> None:
+        """End the tasks and generators that jobs have left behind."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_PATIENCE)
+        await self.loop.shutdown_asyncgens()
+
+    def withdraw(self) -> None:
+        if _process.background.get("") is self:
+            _process.background.pop("", None)
+        super().withdraw()
 
     def retire(self, heir: _Pool) -> None:
         """From any thread: end with what is in flight. All else is given away."""
@@ -2081,24 +2151,34 @@ class _Background(_Pool):
         _process.retiring.append(self)
         self.withdraw()
         self.evict()
-        self.retired = asyncio.run_coroutine_threadsafe(self.end(), self.loop)
+        self.loop.call_soon_threadsafe(self.end, context=self.context)
 
-    async def end(self) -> None:
-        try:
-            await self.drain()
-            await self.finish()
-        finally:
-            self.loop.call_soon(self.loop.stop)
-            with contextlib.suppress(ValueError):
-                _process.retiring.remove(self)
+    def end(self) -> None:
+        """On the loop: stop it after a drain."""
+        self.ending = self.loop.create_task(self.drain_and_finish())
+        self.ending.add_done_callback(self.stop)
+
+    async def drain_and_finish(self) -> None:
+        await self.drain()
+        await self.finish()
+
+    def stop(self, ending: asyncio.Task[None]) -> None:
+        if ending.cancelled():  # by a job, which cancels every task that it finds
+            return self.end()
+        self.loop.stop()
+        with contextlib.suppress(ValueError):
+            _process.retiring.remove(self)
+        _process.notify()
 
     def drain_at_exit(self) -> None:
         """In the main thread: wait for the drain. Ctrl-C ends the grace period."""
         self.begin_shutdown()
-        end = self.retired or asyncio.run_coroutine_threadsafe(self.end(), self.loop)
+        if self.heir is None:
+            with contextlib.suppress(RuntimeError):  # it could not start
+                self.loop.call_soon_threadsafe(self.end, context=self.context)
         while True:
             try:
-                end.result()
+                self.ended.result()
                 break
             except KeyboardInterrupt:
                 self.deadline = monotonic()
@@ -2317,7 +2397,12 @@ def _defer_task(task: Any, arguments: Any, options: Any) -> None:
         run_after = options.get("run_after")
         _seconds_until(run_after)  # which refuses what is no time
         if isinstance(run_after, timedelta):
-            run_after = now_in_django() + run_after
+            try:
+                run_after = now_in_django() + run_after
+            except OverflowError:
+                raise ValueError(
+                    'options["run_after"] must be before the year 10000.'
+                ) from None
         task = task.using(priority=options.get("priority"), run_after=run_after)
     task.enqueue(*args, **kwargs)
 
@@ -2347,7 +2432,8 @@ class SimpleTaskBackend(BaseTaskBackend):
 
     def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
         """
-        Queue a Task and return a snapshot of its TaskResult. Never wait.
+        Queue a Task and return a snapshot of its TaskResult. Wait for nothing but the
+        receivers of task_enqueued: on an event loop prefer aenqueue().
 
         Raise InvalidTask for a Task that cannot be run here, TypeError or ValueError
         for arguments that JSON cannot hold, and QueueFull when the queue is full and
@@ -2497,7 +2583,9 @@ class _TaskJob(_Job):
         return result
 
     def change(self, **changes: Any) -> None:
-        self.state.update(changes)
+        state = self.state
+        if state["finished_at"] is None:  # a drain may have lost it just now
+            state.update(changes)
 
     def tell(
         self, signal: Any, result: Any, error: BaseException | None = None
@@ -2506,8 +2594,7 @@ class _TaskJob(_Job):
         try:
             _off_the_loop(functools.partial(self.send, signal, result, error))
         except BaseException as failure:  # a receiver's, or no thread can be started
-            what = "A signal of a Task was not delivered."
-            _write(logging.ERROR, what, exception=failure)
+            _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
 
     def send(self, signal: Any, result: Any, error: BaseException | None) -> None:
         try:
@@ -2545,7 +2632,11 @@ class _TaskJob(_Job):
         # Not by sync_to_async() nor asend(), with which the SystemExit of an async
         # receiver would end the caller's loop.
         tell = functools.partial(self.tell, tasks.signals.task_enqueued, result)
-        await asyncio.wait({asyncio.wrap_future(_in_helper(tell))})
+        try:
+            told = _in_helper(tell)
+        except RuntimeError as error:  # no thread can be started
+            return _write(logging.ERROR, _NOT_DELIVERED, exception=error)
+        await asyncio.wait({asyncio.wrap_future(told)})
 
     def start(self, worker: str) -> None:
         now = now_in_django()
@@ -2589,14 +2680,14 @@ class _TaskJob(_Job):
         self.tell(tasks.signals.task_finished, self.snapshot(), error)
 
     def note(self, error: BaseException) -> None:
-        kind = type(error)
-        path = f"{kind.__module__}.{kind.__qualname__}"
-        text = _traceback(error) + "\n"
-        noted = tasks.base.TaskError(exception_class_path=path, traceback=text)
+        noted = tasks.base.TaskError(
+            exception_class_path=_path(type(error)), traceback=_traceback(error) + "\n"
+        )
         self.change(errors=[*self.state["errors"], noted])
 
     def settle(self, status: Any) -> None:
-        self.change(status=status, finished_at=now_in_django())
+        # In another dict: whoever changes the one before changes nothing that counts.
+        self.state = {**self.state, "status": status, "finished_at": now_in_django()}
         self.context = _NO_CONTEXT  # or it would be kept for as long as the result
         finished = _process.finished[self.backend.alias]
         finished.append(self.id)
@@ -2626,6 +2717,7 @@ _SETTERS = {
     field.name: _setter(field.name)
     for field in (dataclasses.fields(tasks.TaskResult) if tasks else ())
 }
+_NOT_DELIVERED = "A signal of a Task was not delivered."
 _NO_CONTEXT = Context()
 
 

@@ -1192,6 +1192,39 @@ def test_join_waits_for_a_retry(ledger):
     assert len(ledger.runs) == 3
 
 
+def test_join_returns_though_it_looks_before_a_job_is_scheduled(ledger, monkeypatch):
+    """It takes it for a pending one until then, and is told."""
+    looked = threading.Event()
+    joiner = threading.Thread(target=lambda: ledger.note(join(HANG)))
+    process = django_simple_task._process
+
+    def unfinished(unfinished=process.unfinished):
+        found = unfinished()
+        if threading.current_thread() is joiner:
+            looked.set()
+        return found
+
+    def push(heap, entry, push=django_simple_task.heappush):
+        joiner.start()
+        assert looked.wait(HANG)
+        push(heap, entry)
+
+    async def main():
+        async with serving():
+            defer(ledger.note, options={"run_after": timedelta(hours=1)})
+            monkeypatch.setattr(process, "unfinished", unfinished)
+            monkeypatch.setattr(django_simple_task, "heappush", push)
+            defer(ledger.note, options={"run_after": timedelta(hours=2)})
+            await asyncio.to_thread(ledger.wait, 1)
+            assert stats()["scheduled"] == 2
+
+    before = stats()
+    asyncio.run(main())
+    joiner.join(HANG)
+    assert ledger.runs == [True]
+    assert since(before) == {"accepted": 2, "lost": 2}
+
+
 def test_ajoin_may_be_awaited_on_the_serving_loop_and_on_another(ledger):
     """The loop that waits goes on meanwhile."""
 
@@ -2530,6 +2563,53 @@ def test_an_exception_that_cannot_be_shown_is_recorded(ledger, lines, kind, rais
     assert "Unprintable" in logging.Formatter("%(message)s").format(errors[0])
 
 
+def unformattable(how):
+    """Return an exception whose traceback cannot be formatted, or hardly."""
+
+    class Nameless(type):
+        @property
+        def __module__(cls):
+            raise ValueError
+
+    class Causeless(Exception):
+        @property
+        def __cause__(self):
+            raise ValueError
+
+    class Classless(BaseException):
+        @property
+        def __class__(self):
+            raise ValueError
+
+    if how == "text":
+        return SyntaxError("text", ("file", 1, "no number", "text"))
+    if how == "cause":
+        return Causeless()
+    if how == "class":
+        return Classless()
+    return Nameless("Class", (Exception,), {})()
+
+
+UNFORMATTABLE = ["text", "cause", "class", "module"]
+
+
+@pytest.mark.parametrize("how", UNFORMATTABLE)
+def test_an_exception_that_cannot_be_formatted_is_recorded(how, ledger, caplog):
+    """Fault 53: it has failed, in one ERROR line; the worker goes on."""
+
+    def fail():
+        raise unformattable(how)
+
+    before = stats()
+    defer(fail, options={"max_attempts": 2, "backoff": 0})
+    defer(ledger.note)
+    assert join(HANG)
+    retried = {} if how == "class" else {"retried": 1}
+    assert since(before) == {"accepted": 2, "succeeded": 1, "failed": 1, **retried}
+    (line,) = logged_records(caplog, "ERROR")
+    assert line.exc_text
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_an_exception_whose_text_stops_the_interpreter_stops_nothing(kind):
     """Fault 53: __str__ raises SystemExit; it has failed and the worker goes on."""
@@ -3235,6 +3315,24 @@ def test_a_queue_that_another_worker_empties_between_two_looks_is_empty():
     queue.retries = EmptiedHeap()
     assert queue.get() is None
     assert queue.advance(monotonic(), retry_at_once=True) == INFINITY
+
+
+def test_a_job_that_is_not_due_waits_though_another_thread_takes_the_first_one():
+    """Between the look at the first one and the step that takes it."""
+
+    class RobbedHeap(list):
+        def __getitem__(self, index):
+            seen = super().__getitem__(index)
+            if index == 0 and len(self) == 2:
+                del self[0]
+            return seen
+
+    now = monotonic()
+    queue = django_simple_task._Queue()
+    queue.scheduled = RobbedHeap([(now, 1, "due"), (now + 60, 2, "not due")])
+    assert queue.advance(now, retry_at_once=False) == now + 60
+    assert queue.ready() == 0
+    assert queue.qsize() == 1
 
 
 def test_signal_handlers_may_defer_in_the_middle_of_a_defer():
@@ -4906,6 +5004,16 @@ def test_jobs_deferred_before_startup_and_after_shutdown_run():
     assert result.stdout.split() == ["before", "within", "after", "joined"]
 
 
+def put_by(queue, put):
+    """Have a function called, with what puts a job into a queue, and with the job."""
+
+    class Levels(dict):
+        def __missing__(self, priority, level=queue.levels.__getitem__):
+            return types.SimpleNamespace(append=partial(put, level(priority).append))
+
+    queue.levels = Levels()
+
+
 @pytest.mark.parametrize("delay", [None, timedelta(seconds=0.01)])
 def test_a_job_that_comes_as_the_server_ends_runs_elsewhere(delay, ledger):
     """Its caller had found the server serving; meanwhile the last job had ended."""
@@ -4922,7 +5030,7 @@ def test_a_job_that_comes_as_the_server_ends_runs_elsewhere(delay, ledger):
             defer(ledger.note, {"args": ["first"]})
             assert await ajoin(HANG)
             (pool,) = django_simple_task._process.pools
-            pool.queue.put = partial(wait, pool.queue.put)
+            put_by(pool.queue, wait)
             pool.queue.put_later = partial(wait, pool.queue.put_later)
             late = asyncio.to_thread(
                 defer, ledger.note, {"args": ["late"]}, options=options
@@ -4963,7 +5071,7 @@ def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
             defer(ledger.note, {"args": ["first"]})
             assert await ajoin(HANG)
             (pool,) = django_simple_task._process.pools
-            pool.queue.put = partial(put_late, pool.queue.put)
+            put_by(pool.queue, put_late)
             pool.end_lanes = partial(end_lanes, pool, pool.end_lanes)
             late = threading.Thread(target=defer_as, args=(kind, ledger.note, "late"))
             late.start()
@@ -4997,7 +5105,7 @@ def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
         pass  # now nobody serves
     defer(release.wait, {"args": [HANG]})
     (background,) = django_simple_task._process.pools
-    background.queue.put = partial(put_late, background.queue.put)
+    put_by(background.queue, put_late)
     caller = threading.Thread(target=defer, args=[job])
     caller.start()
     assert puts.wait(HANG)
@@ -5075,12 +5183,12 @@ def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
         defer({"ahold" if kind == "async" else "hold"})
         held.wait()
         for name, options in [
-            ("later", {{"run_after": timedelta(seconds=0.7)}}),
-            ("soon", {{"run_after": timedelta(seconds=0.5)}}),
             ("third", None),
             ("fourth", None),
             ("second", {{"priority": 1}}),
             ("first", {{"priority": 100}}),
+            ("later", {{"run_after": timedelta(seconds=0.7)}}),
+            ("soon", {{"run_after": timedelta(seconds=0.5)}}),
             ("never", {{"run_after": timedelta(days=1)}}),
         ]:
             defer(mark, {{"args": [name]}}, options=options)
@@ -5094,14 +5202,13 @@ def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
                 assert accounts["in_flight"] == 1, accounts
                 assert accounts["pending"] == 1, accounts
                 assert accounts["scheduled"] == 1, accounts
+                gate.set()
             names = [name for name, _ in ledger.runs]
             expected = "first second third fourth soon later"
             assert names == expected.split(), names
             assert all(loop is server for _, loop in ledger.runs)
-            assert attempts[1] is server
-            gate.set()
-            assert await ajoin(10)
-            assert attempts[2] == "held"
+            assert sorted(map(str, attempts[1:])) == sorted([str(server), "held"])
+            assert stats()["in_flight"] == 0
 
         asyncio.run(main())
         accounts = stats()
@@ -5133,7 +5240,7 @@ for n in range(5):
 """
 
 
-@pytest.mark.parametrize("threads", ["threads", "no threads"])
+@pytest.mark.parametrize("threads", ["threads", "no threads", "no files"])
 def test_a_job_that_comes_between_the_drain_and_the_end_is_not_mislaid(
     threads, ledger, caplog, monkeypatch
 ):
@@ -5154,6 +5261,9 @@ def test_a_job_that_comes_between_the_drain_and_the_end_is_not_mislaid(
 
             pool.withdraw = withdraw
             monkeypatch.setattr(threading.Thread, "start", start)
+            if threads == "no files":
+                fail = mock.Mock(side_effect=OSError("Too many open files"))
+                monkeypatch.setattr(asyncio, "new_event_loop", fail)
             assert await server.shutdown() == DONE
             assert await ajoin(HANG)
 
@@ -5164,6 +5274,191 @@ def test_a_job_that_comes_between_the_drain_and_the_end_is_not_mislaid(
     else:
         assert outcomes_since(before) == {"accepted": 1, "lost": 1}
         assert len(logged_records(caplog, "ERROR")) == 1
+
+
+def test_ctrl_c_as_the_loop_is_woken_leaves_it_to_the_next_job():
+    """The shell goes on, and so do the jobs; the one that was queued runs, too."""
+    result = run_well(
+        """
+        import django_simple_task
+
+        defer(print, {"args": ["first"]})
+        assert join(10)
+        loop = django_simple_task._process.pools[0].loop
+        wake = loop.call_soon_threadsafe
+
+        def interrupted(*args, **kwargs):
+            loop.call_soon_threadsafe = wake
+            raise KeyboardInterrupt
+
+        loop.call_soon_threadsafe = interrupted
+        try:
+            defer(print, {"args": ["second"]})
+        except KeyboardInterrupt:
+            defer(print, {"args": ["third"]})
+        assert join(10)
+        """
+    )
+    assert result.stdout.split() == ["first", "second", "third"]
+
+
+def test_a_task_of_a_job_that_wants_to_end_the_process_does_not_end_the_background():
+    """asyncio has a SystemExit get out of the loop that one of its tasks raises."""
+    result = run_script(
+        """
+        async def exit():
+            sys.exit(3)
+
+        async def job():
+            await asyncio.gather(exit())
+
+        defer(job)
+        defer(print, {"args": ["ran"]})
+        assert join(10)
+        assert stats()["failed"] == 1
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ran\n"
+    assert len(logged(result, "ERROR")) == 1
+
+
+def test_a_job_that_cancels_all_tasks_does_not_end_the_drain_at_exit():
+    """Fault 66: what waits runs all the same."""
+    result = run_well(
+        """
+        async def cancel():
+            await asyncio.to_thread(Draining.begun.wait)
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        defer(cancel)
+        for n in range(3):
+            defer(print, {"args": [n]})
+        """,
+        DRAINING,
+    )
+    assert result.stdout.split() == ["0", "1", "2"]
+
+
+def test_tasks_that_jobs_leave_behind_are_cancelled_at_exit():
+    """As asyncio.run() does it: their `finally` runs, and nothing is destroyed."""
+    result = run_well(
+        """
+        tasks = []
+
+        async def stay():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("cancelled")
+
+        async def job():
+            tasks.append(asyncio.create_task(stay()))
+
+        defer(job)
+        """
+    )
+    assert result.stdout == "cancelled\n"
+    assert "destroyed" not in result.stderr
+
+
+def test_a_job_that_comes_between_the_drain_at_exit_and_the_end_runs():
+    """There is one more drain for it."""
+    result = run_well(
+        """
+        import django_simple_task
+
+        def drain_at_exit(background, drain=django_simple_task._Background.drain_at_exit):
+            drain(background)
+            if not late:
+                late.append(defer(print, {"args": ["late"]}))
+
+        late = []
+        django_simple_task._Background.drain_at_exit = drain_at_exit
+        defer(print, {"args": ["first"]})
+        """
+    )
+    assert result.stdout.split() == ["first", "late"]
+
+
+def test_the_process_is_prepared_for_its_end_once(monkeypatch):
+    """However many threads find that it is not, as each asks in one step."""
+    hooks = []
+    monkeypatch.setattr(threading, "_register_atexit", hooks.append)
+    monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
+    process = django_simple_task._Process()
+    process.prepare()
+    process.prepare()
+    assert len(hooks) == 2
+
+
+def test_a_server_in_a_thread_for_which_python_waits_goes_on_serving():
+    """The main thread ends, and with it what was to be done at exit."""
+    result = run_well(
+        """
+        def tell():
+            loop.call_soon_threadsafe(ended.set)
+
+        async def serve():
+            global loop, ended
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            async with serving():
+                ready.set()
+                await ended.wait()
+                defer(print, {"args": ["late"]})
+            print(stats()["succeeded"])
+
+        threading._register_atexit(tell)  # called after ours, which comes later
+        ready = threading.Event()
+        threading.Thread(target=lambda: asyncio.run(serve())).start()
+        ready.wait()
+        defer(print, {"args": ["early"]})
+        assert join(10)
+        """,
+        SERVING,
+    )
+    assert result.stdout.split() == ["early", "late", "2"]
+
+
+@pytest.mark.parametrize("grace", [None, 0.5])
+@pytest.mark.parametrize("how", ["shutdown", "cancel"])
+def test_what_is_in_flight_from_before_the_startup_is_drained_too(
+    how, grace, ledger, caplog
+):
+    """It ends where it is, in the background; or is reported before the answer."""
+    begun, release = threading.Event(), threading.Event()
+
+    def job():
+        begun.set()
+        release.wait(HANG)
+        ledger.note()
+
+    async def main():
+        async with serving() as server:
+            assert stats()["in_flight"] == 1
+            if how == "cancel":
+                server.task.cancel()
+                await asyncio.wait({server.task}, timeout=HANG)
+            else:
+                if grace is None:
+                    asyncio.get_running_loop().call_later(0.05, release.set)
+                assert await server.shutdown() == DONE
+            assert stats()["in_flight"] == 0
+
+    before = stats()
+    defer(job)
+    assert begun.wait(HANG)
+    with grace_period(grace):
+        run(main)
+    release.set()
+    ledger.wait(1)
+    if how == "shutdown" and grace is None:
+        assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+    else:
+        assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+        (line,) = logged_records(caplog, "ERROR")
+        assert line.getMessage().startswith("lost in flight job=")
 
 
 @pytest.mark.parametrize("last", ["loop.close()", "pass"])
@@ -10268,7 +10563,7 @@ class Stage:
 def set_the_stage(simulation, patch):
     """Have the module play; this is all that the section knows of its inner parts."""
     module, process = django_simple_task, type(django_simple_task._process)()
-    process.prepared = True  # it is not there at a fork or at the end
+    process.prepared.step()  # it is not there at a fork or at the end
     thread = functools.partial(Thread, simulation)
     event = functools.partial(Event, simulation)
     simple_queue = functools.partial(SimpleQueue, simulation)
