@@ -1210,7 +1210,7 @@ class _Lane:
         # Whether the job on the loop has used the thread.
         self.used = False
         # Whether the connections are to be closed when that job has ended.
-        self.parting = False
+        self.letting_go = False
         self.ended = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
@@ -1241,12 +1241,12 @@ class _Lane:
     def clean_after_use(self) -> None:
         self.used = False
         self.call(_clean_connections)
-        if self.parting:
-            self.call(self.part)
+        if self.letting_go:
+            self.call(self.let_go)
 
-    def part(self) -> None:
+    def let_go(self) -> None:
         """Close the connections, now or when the job on the loop has ended."""
-        self.parting = self.used
+        self.letting_go = self.used
         if not self.used:
             _close_connections()
 
@@ -1284,7 +1284,7 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
     for pool in [*_process.pools, *_process.retiring]:
         for worker in pool.workers:
             if worker.lane.connections:
-                worker.lane.call(worker.lane.part)
+                worker.lane.call(worker.lane.let_go)
     if _process.shares_thread and _shared_thread is not None:
         with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
             _shared_thread.submit(connections.close_all)
