@@ -1338,9 +1338,9 @@ class _Worker:
         self.started = 0.0
         # What its job on the loop has raised.
         self.error: BaseException | None = None
-        self.start_steps()
         # Whether its job was given up and goes on all the same.
         self.overdue = False
+        self.start_steps()
 
     def take(self) -> _Job | None:
         """Take the next job from the queue: from here on it is in flight."""
@@ -1349,6 +1349,7 @@ class _Worker:
         if job is None:
             return None
         self.started = monotonic()
+        self.overdue = False
         _process.in_flight[job] = self
         if pool.closed:  # looked at now, so that a drain or we have it, and not both
             if _process.in_flight.pop(job, None) is not None:
@@ -1469,7 +1470,6 @@ class _Worker:
     def go_on(self, job: _Job, task: asyncio.Task[None]) -> None:
         """On the loop: do what is next after a task."""
         self.task = None
-        self.overdue = False
         go_on, self.next = self.next, None
         if go_on is None:
             job.drop_coroutine()
@@ -1522,7 +1522,6 @@ class _Worker:
 
     def rest(self) -> None:
         pool = self.pool
-        self.overdue = False
         pool.idle.add(self)
         if pool.queue.ready():
             pool.wake()
