@@ -908,7 +908,7 @@ async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-async def _in_shared_thread(job: _Job) -> Any:
+async def _in_shared_thread(job: _Job) -> None:
     # Not in the lane, which a job on the loop has for its thread-sensitive calls.
     token = _thread_sensitive_context.set(None)
     _inside_job.set(True)
@@ -932,10 +932,9 @@ async def _in_shared_thread(job: _Job) -> Any:
             raise error
     finally:
         del error  # or it would keep itself alive, by way of this frame
-    if not inspect.iscoroutine(value):
-        return value
-    _thread_sensitive_context.reset(token)  # others have the thread now
-    return await value
+    if inspect.iscoroutine(value):
+        _thread_sensitive_context.reset(token)  # others have the thread now
+        await value
 
 
 async def _within_timeout(job: _Job, coroutine: _Coroutine) -> Any:
