@@ -282,11 +282,7 @@ def defer(
     if options is not None:
         checked, delay = _check_options(options, on_loop)
         on_loop = on_loop or checked.thread_sensitive  # asgiref is called from there
-    try:
-        pool = _pool_with_room()
-    except QueueFull:
-        _process.rejected.step()
-        raise
+    pool = _pool_with_room()
     number = _process.accepted.step()
     call = (func, args, kwargs, on_loop, checked, _capture_context(), number)
     if pool is None or delay is not None or logger.isEnabledFor(logging.DEBUG):
@@ -305,7 +301,7 @@ _KINDS = (
 )
 
 
-def _pool_with_room() -> _Pool | None:
+def _pool_with_room(*, flows_over: bool = False) -> _Pool | None:
     """Return where a job may wait, None under IMMEDIATE; or raise why it may not."""
     try:
         immediate, maxsize = _looked_up[_IMMEDIATE], _looked_up[_QUEUE_MAXSIZE]
@@ -321,6 +317,8 @@ def _pool_with_room() -> _Pool | None:
     if type(maxsize) is not int or maxsize < 0:
         maxsize = _setting(_QUEUE_MAXSIZE)
     if maxsize and pool.queue.qsize() >= maxsize:
+        if not flows_over:
+            _process.rejected.step()
         raise QueueFull(f"As many jobs wait as {_QUEUE_MAXSIZE} allows: {maxsize}.")
     return pool
 
@@ -2608,10 +2606,9 @@ class _TaskJob(_Job):
     def find_room(self) -> tuple[_Pool | None, Any]:
         """Return where it may wait; or, with None, the Task to enqueue elsewhere."""
         try:
-            return _pool_with_room(), None
+            return _pool_with_room(flows_over=self.movable), None
         except QueueFull:
             if not self.movable:
-                _process.rejected.step()
                 raise
             return None, self.moved_task()
 
