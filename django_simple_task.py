@@ -902,10 +902,6 @@ def _run_in_thread(job: _Job) -> BaseException | None:
     return None
 
 
-async def _awaiting(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
 async def _in_shared_thread(job: _Job) -> None:
     # Not in the lane, which a job on the loop has for its thread-sensitive calls.
     token = _thread_sensitive_context.set(None)
@@ -1524,6 +1520,10 @@ class _Worker:
             pool.wake()
         if _process.watchers:
             _process.notify()
+
+
+async def _awaiting(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 if sys.version_info >= (3, 12):
