@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -285,8 +286,7 @@ def oracles(monkeypatch, request):
 
 
 PREAMBLE = """
-import asyncio, faulthandler, logging, os, signal, sys, threading, time
-faulthandler.dump_traceback_later({timeout!r}, exit=True)
+import asyncio, logging, os, signal, sys, threading, time
 import django
 from django.conf import settings
 logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
@@ -297,17 +297,23 @@ from django_simple_task import *
 
 
 def run_script(body, *, timeout=HANG, dev=True, **settings):
-    """Run a script in a process of its own, after django.setup(); kill it if it hangs."""
-    preamble = PREAMBLE.replace("{settings!r}", repr(settings))
-    preamble = preamble.replace("{timeout!r}", repr(timeout))  # to see where it hangs
-    code = preamble + textwrap.dedent(body)
-    return subprocess.run(
+    """Run a script in a process of its own, after django.setup(); end it if it hangs."""
+    code = PREAMBLE.replace("{settings!r}", repr(settings)) + textwrap.dedent(body)
+    process = subprocess.Popen(
         [sys.executable, *(["-X", "dev"] if dev else []), "-c", code],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=Path(__file__).parent,
         text=True,
-        timeout=timeout + HANG,
     )
+    try:
+        output = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # then -X dev shows where it hangs
+        output = process.communicate(timeout=HANG)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(code, process.returncode, *output)
 
 
 # In CI a skipped test is a failure: there everything that tests need is installed. What

@@ -431,6 +431,7 @@ def _run_immediately(job: _Job) -> None:
                 here = functools.partial(job.context.run, _await_here, job)
                 error = _off_the_loop(here)
         except BaseException as interruption:  # Ctrl-C, or no thread can be started
+            job.drop_coroutine()
             error = interruption
         if _record(job, error) is None:  # else it is tried again, without a wait
             break
@@ -472,7 +473,7 @@ def _in_helper(function: Callable[[], Any]) -> Future[Any]:
 
     def call() -> None:
         _fulfil(future, function)
-        connections.close_all()
+        _close_connections()
 
     threading.Thread(target=call, name=f"{_LABEL}-helper", daemon=True).start()
     return future

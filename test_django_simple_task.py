@@ -1477,6 +1477,24 @@ def test_immediate_runs_what_a_job_defers_before_that_job_ends(immediate, ledger
     assert ledger.runs == ["async in async", "sync in async", "outer", "outermost"]
 
 
+def test_ctrl_c_while_a_helper_runs_a_job_is_accounted_for(
+    immediate, monkeypatch, caplog
+):
+    """It passes on to the caller, as that of any job does, and the job has failed."""
+
+    def interrupted(function):
+        raise KeyboardInterrupt
+
+    async def work():
+        raise AssertionError("nobody runs it")
+
+    before = stats()
+    monkeypatch.setattr(django_simple_task, "_off_the_loop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        defer(lambda: work())
+    assert since(before) == {"accepted": 1, "failed": 1}
+
+
 def test_immediate_counts_a_job_as_in_flight_while_it_runs(immediate, ledger):
     """stats() is as ever."""
     before = stats()
@@ -2927,6 +2945,29 @@ def test_a_local_leaves_one_variable_in_an_empty_context():
         assert [key.name for key in context] == ["asgiref.local"]
 
 
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "del asgiref.sync.AsyncToSync.executors",
+        "del asgiref.sync.SyncToAsync.single_thread_executor",
+        "asgiref.sync.markcoroutinefunction = lambda func: func",
+    ],
+)
+def test_without_what_is_not_public_the_module_is_imported_all_the_same(gone):
+    """The jobs that need it suffer, and not the others."""
+    result = run_script(
+        f"""
+        import asgiref.sync
+        {gone}
+        for name in "django_simple_task", "django_simple_task.apps":
+            del sys.modules[name]
+        settings.INSTALLED_APPS = []
+        import django_simple_task
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_thread_sensitive_context_is_found_in_a_context_variable():
     """SyncToAsync.thread_sensitive_context: a request's thread goes with it."""
     assert type(SyncToAsync.thread_sensitive_context) is contextvars.ContextVar
@@ -3588,6 +3629,35 @@ def test_a_job_that_a_drain_took_from_a_worker_does_not_run(ledger, monkeypatch)
     go_on()
     assert ledger.runs == []
     assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_that_is_taken_from_a_worker_as_it_begins_does_not_run(
+    kind, ledger, monkeypatch
+):
+    """By a drain at exit, in another thread; the worker goes on with the next one."""
+    taken = []
+
+    def take(worker, take=django_simple_task._Worker.take):
+        job = take(worker)
+        if job is not None:
+            taken.append(job)
+            if len(taken) == 2:
+                django_simple_task._lose([job])
+                del django_simple_task._process.in_flight[job]
+        return job
+
+    async def main():
+        async with serving():
+            monkeypatch.setattr(django_simple_task._Worker, "take", take)
+            for n in range(3):
+                defer_as(kind, ledger.note, n)
+            assert await ajoin(HANG)
+
+    before = stats()
+    run(main)
+    assert ledger.runs == [0, 2]
+    assert outcomes_since(before) == {"accepted": 3, "succeeded": 2, "lost": 1}
 
 
 def turns_amid(kind, jobs):
@@ -4982,6 +5052,38 @@ def test_a_forked_child_starts_empty_and_works(where):
     assert_each_ran_its_own(result)
 
 
+def test_a_job_may_fork_a_child_that_waits_for_jobs_of_its_own():
+    """Fault 97: what the parent's job was is none of the child's, nor are its jobs."""
+    result = run_script(
+        """
+        class Deferring:
+            def __del__(self):
+                defer(print, {"args": ["__del__", os.getpid() != parent]})
+
+        def job():
+            filled.wait()
+            pid = os.fork()
+            if pid:
+                assert os.waitpid(pid, 0)[1] == 0
+            else:
+                os._exit(0 if join(10) else 1)
+
+        parent, filled = os.getpid(), threading.Event()
+        defer(job)
+        for _ in range(2):
+            defer(id, {"args": [Deferring()]})
+        filled.set()
+        assert join(10)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    assert "RecursionError" not in result.stderr
+    assert sorted(result.stdout.splitlines()) == [
+        *["__del__ False"] * 2,
+        *["__del__ True"] * 2,
+    ]
+
+
 def test_jobs_deferred_before_startup_and_after_shutdown_run():
     """
     Faults 92 and 93: they run in the background, before and after the server's own.
@@ -5087,9 +5189,40 @@ def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
     assert len(ledger.runs) == 2
 
 
+def test_a_job_that_a_drain_seizes_as_a_worker_takes_it_is_lost_only(ledger):
+    """Fault 94: it is in flight for a moment, in a pool that is closed."""
+    waiting = []
+
+    class Seizing(dict):
+        def __setitem__(self, job, worker):
+            super().__setitem__(job, worker)
+            pool.withdraw()
+            waiting.extend(pool.seize()[0])
+
+    async def main():
+        async with serving():
+            nonlocal pool
+            (pool,) = django_simple_task._process.pools
+            django_simple_task._process.in_flight = Seizing()
+            defer(ledger.note)
+            assert pool.workers[0].take() is None
+            django_simple_task._process.in_flight = {}
+            django_simple_task._lose(waiting)
+
+    pool = None
+    before = stats()
+    run(main)
+    assert ledger.runs == []
+    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+
+
 def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
     """Fault 94: it came as a lifespan took over, and runs there."""
-    puts, moved, queued, taken, release = (threading.Event() for _ in range(5))
+    begun, puts, moved, queued, taken, release = (threading.Event() for _ in range(6))
+
+    def hold():
+        begun.set()
+        assert release.wait(HANG)
 
     def put_late(put, *job):
         puts.set()
@@ -5103,7 +5236,8 @@ def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
 
     with served():
         pass  # now nobody serves
-    defer(release.wait, {"args": [HANG]})
+    defer(hold)
+    assert begun.wait(HANG)
     (background,) = django_simple_task._process.pools
     put_by(background.queue, put_late)
     caller = threading.Thread(target=defer, args=[job])
@@ -7738,7 +7872,10 @@ def test_the_ids_of_results_are_random_and_of_one_process(tasks):
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
 
 
-def test_a_signal_that_no_thread_can_tell_is_reported(server, caplog, monkeypatch):
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_signal_that_no_thread_can_tell_is_reported(
+    awaited, server, caplog, monkeypatch
+):
     """On a loop a thread is needed for the receivers; without one the Task runs."""
 
     start = threading.Thread.start
@@ -7751,7 +7888,7 @@ def test_a_signal_that_no_thread_can_tell_is_reported(server, caplog, monkeypatc
     async def enqueue():
         with monkeypatch.context() as patches:
             patches.setattr(threading.Thread, "start", refuse_helpers)
-            return add.enqueue(1)
+            return await add.aenqueue(1) if awaited else add.enqueue(1)
 
     result = asyncio.run(enqueue())
     assert done(result).return_value == 2
@@ -7889,6 +8026,33 @@ def test_the_end_of_a_task_that_ignores_its_timeout_is_told_once(server):
     status = django_tasks.TaskResultStatus
     assert told.runs == [status.FAILED, status.SUCCESSFUL]
     assert len(result.errors) == 1
+
+
+def test_the_drain_waits_for_the_job_after_one_that_ignored_its_timeout(
+    tasks, monkeypatch
+):
+    """Though the thread that records the end of the first one is late."""
+    given_up, late = threading.Event(), threading.Event()
+
+    def in_helper(function, in_helper=django_simple_task._in_helper):
+        given_up.set()
+        return in_helper(lambda: late.wait(HANG) and function())
+
+    def release():
+        assert draining.wait(HANG)
+        stage.release.set()
+
+    with noticing("draining") as draining, served():
+        monkeypatch.setattr(django_simple_task, "_in_helper", in_helper)
+        block_stubbornly.using(backend="hasty").enqueue()
+        assert given_up.wait(HANG)
+        result = block.enqueue()
+        stage.loop.call_soon_threadsafe(stage.event.set)
+        assert stage.started.wait(HANG)
+        late.set()
+        threading.Thread(target=release).start()
+    result.refresh()
+    assert result.status == django_tasks.TaskResultStatus.SUCCESSFUL
 
 
 def test_max_attempts_is_how_often_a_task_is_tried(server):
@@ -8072,6 +8236,14 @@ def test_defer_refuses_options_that_a_task_has_not(options, server):
     before = stats()
     with pytest.raises(TypeError):
         defer(note, options=options)
+    assert change_in(before) == {}
+
+
+def test_defer_refuses_to_run_a_task_when_there_are_no_dates_any_more(server):
+    """ValueError at the call, and nothing is queued."""
+    before = stats()
+    with pytest.raises(ValueError, match="year 10000"):
+        defer(note, options={"run_after": timedelta.max})
     assert change_in(before) == {}
 
 
@@ -8418,6 +8590,47 @@ def test_what_could_not_be_handed_over_is_lost_and_reported(tasks, caplog):
     )
     assert result.id in reported
     assert any(each.exc_info and each.exc_info[0] is OSError for each in said)
+
+
+def test_a_connection_that_fails_to_close_does_not_hold_up_the_hand_over(
+    tasks, caplog, monkeypatch
+):
+    """Fault 31: the shutdown goes on as soon as the Tasks are elsewhere."""
+    close_all = mock.Mock(side_effect=OSError("closed"))
+    before = stats()
+    overflowing = note.using(backend="overflowing")
+    later = timezone.now() + datetime.timedelta(hours=1)
+    monkeypatch.setattr(django_simple_task, "_LEAVE", 10 * HANG)
+    with served():
+        overflowing.using(run_after=later).enqueue("later")
+        monkeypatch.setattr(django_simple_task.connections, "close_all", close_all)
+    assert change_in(before) == {"accepted": 1, "handed_over": 1}
+    assert "A connection failed to close." in caplog.text
+
+
+def test_a_task_that_a_drain_loses_as_it_begins_has_failed(tasks):
+    """What the thread says of it then comes too late."""
+    begun, lost = threading.Event(), threading.Event()
+
+    def start(job, worker, start=django_simple_task._TaskJob.start):
+        begun.set()
+        assert lost.wait(HANG)
+        start(job, worker)
+        stage.started.set()
+
+    def serve():
+        with served(SHUTDOWN_GRACE_PERIOD=0):
+            result = note.enqueue()
+            assert begun.wait(HANG)
+        return result
+
+    with mock.patch.object(django_simple_task._TaskJob, "start", start):
+        result = serve()
+        lost.set()
+        assert stage.started.wait(HANG)
+    result.refresh()
+    assert result.status == django_tasks.TaskResultStatus.FAILED
+    assert result.errors[0].exception_class is JobLost
 
 
 def test_tasks_are_lost_and_reported_if_no_thread_can_hand_them_over(
