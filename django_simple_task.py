@@ -428,8 +428,7 @@ def _run_immediately(job: _Job) -> None:
             job.begin(worker.name)
             error = _run_in_thread(job)
             if job.coroutine is not None:
-                here = functools.partial(job.context.run, _await_here, job)
-                error = _off_the_loop(here)
+                error = _off_the_loop(job.context.run, _await_here, job)
         except BaseException as interruption:  # Ctrl-C, or no thread can be started
             job.drop_coroutine()
             error = interruption
@@ -460,11 +459,11 @@ async def _await_here(job: _Job) -> BaseException | None:
     return None
 
 
-def _off_the_loop(function: Callable[[], Any]) -> Any:
+def _off_the_loop(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function here, or in a helper thread where an event loop runs; wait."""
     if _running_loop() is None:
-        return function()
-    return _in_helper(function).result()
+        return function(*args)
+    return _in_helper(functools.partial(function, *args)).result()
 
 
 def _in_helper(function: Callable[[], Any]) -> Future[Any]:
@@ -2589,7 +2588,7 @@ class _TaskJob(_Job):
     ) -> None:
         """Send a signal, off the loop, since receivers may use the ORM."""
         try:
-            _off_the_loop(functools.partial(self.send, signal, result, error))
+            _off_the_loop(self.send, signal, result, error)
         except BaseException as failure:  # a receiver's, or no thread can be started
             _write(logging.ERROR, _NOT_DELIVERED, exception=failure)
 
@@ -2688,8 +2687,11 @@ class _TaskJob(_Job):
         finished = _process.finished[self.backend.alias]
         finished.append(self.id)
         while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                _process.results.pop(finished.popleft(), None)
+            try:
+                oldest = finished.popleft()
+            except IndexError:  # another thread was faster
+                break
+            _process.results.pop(oldest, None)
 
     def moved_task(self) -> Any:
         return self.task.using(backend=self.backend.options["OVERFLOW_BACKEND"])

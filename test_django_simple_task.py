@@ -1482,7 +1482,7 @@ def test_ctrl_c_while_a_helper_runs_a_job_is_accounted_for(
 ):
     """It passes on to the caller, as that of any job does, and the job has failed."""
 
-    def interrupted(function):
+    def interrupted(function, *args):
         raise KeyboardInterrupt
 
     async def work():
@@ -7982,6 +7982,24 @@ def test_results_that_are_not_finished_are_never_dropped(tasks):
         assert running.status == django_tasks.TaskResultStatus.RUNNING
         assert scheduled.status == django_tasks.TaskResultStatus.READY
         stage.release.set()
+
+
+def test_a_result_that_another_thread_has_dropped_just_now_is_not_missed(
+    server, monkeypatch
+):
+    """There are fewer of them than at the look at how many there are."""
+
+    class Crowded(collections.deque):
+        def __len__(self):
+            return 3
+
+    finished = django_simple_task._process.finished
+    monkeypatch.setitem(finished, "few", Crowded())
+    result = add.using(backend="few").enqueue(1)
+    assert join(HANG)
+    with pytest.raises(exceptions.TaskResultDoesNotExist):
+        result.refresh()
+    assert done(add.enqueue(1)).return_value == 2
 
 
 def test_no_results_need_be_kept(server):
