@@ -77,6 +77,7 @@ from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timedelta, timezone
 from heapq import heappop, heappush
 from importlib import import_module
+from operator import itemgetter
 from threading import get_ident
 from time import monotonic
 from types import CoroutineType, FunctionType, SimpleNamespace
@@ -1083,10 +1084,10 @@ class _Levels(dict[int, deque["_Job | _Call"]]):
 
     def __missing__(self, priority: int) -> deque[_Job | _Call]:
         new: deque[_Job | _Call] = deque()
-        level = self.setdefault(priority, new)
-        if level is new:  # else another thread was faster
-            insort(self.order, (-priority, level))
-        return level
+        # First this, so that nothing waits where no worker looks. If another thread
+        # has done the same, this one's level stays empty.
+        insort(self.order, (-priority, new), key=itemgetter(0))
+        return self.setdefault(priority, new)
 
 
 class _Queue:
@@ -1911,7 +1912,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.pools: list[_Pool] = []  # those that serve, the latest last
-        self.background: dict[str, _Background] = {}  # one at most, by setdefault()
+        self.backgrounds: list[_Background] = []  # the first one counts
         self.retiring: list[_Background] = []
         self.in_flight: dict[_Job, _Worker | _Immediate] = {}
         self.results: dict[str, _TaskJob] = {}
@@ -2000,16 +2001,26 @@ class _Process:
         """Let a pool serve, on its loop. What waits in the background moves to it."""
         self.prepare()
         pool.startup()
-        background = self.background.pop("", None)
-        if background is not None:
+        before = self.take_backgrounds()
+        for background in before:
             background.heir = pool
             background.closed = True
             background.evict()
         self.pools.append(pool)
         # Whoever found that nobody serves has looked again, or its background is here.
-        for each in background, self.background.pop("", None):
-            if each is not None:
-                each.retire(pool)
+        for background in before + self.take_backgrounds():
+            background.retire(pool)
+
+    def take_backgrounds(self) -> list[_Background]:
+        return [each for each in self.backgrounds.copy() if self.forget(each)]
+
+    def forget(self, background: _Background) -> bool:
+        """Take a background out. Return whether it was there: one caller finds it."""
+        try:
+            self.backgrounds.remove(background)
+        except ValueError:
+            return False
+        return True
 
     def start_background(self) -> _Pool:
         """Serve without a lifespan."""
@@ -2019,12 +2030,13 @@ class _Process:
             )
         _check_configuration()
         background = _Background()
-        first = self.background.setdefault("", background)
-        if first is not background:  # another thread, or a signal handler, was faster
+        self.backgrounds.append(background)
+        first = next(iter(self.backgrounds.copy()), background)
+        if first is not background and self.forget(background):
             background.loop.close()
-            return first
+            return first  # of another thread, or of a signal handler
         # First this, then a look; a lifespan serves, then looks for this.
-        if self.pools and self.background.pop("", None) is not None:
+        if self.pools and self.forget(background):
             background.undo_startup()
             return self.serving_pool()
         try:
@@ -2032,7 +2044,7 @@ class _Process:
             background.startup()
             background.thread.start()
         except RuntimeError as error:
-            self.background.pop("", None)
+            self.forget(background)
             background.undo_startup()
             raise RuntimeError(
                 "The interpreter is shutting down, or the limit of threads is reached: "
@@ -2069,7 +2081,7 @@ class _Process:
 
     def drain_at_exit(self) -> None:
         """In the main thread, at the end of the interpreter."""
-        while backgrounds := [*self.retiring, *self.background.values()]:
+        while backgrounds := [*self.retiring, *self.backgrounds]:
             for background in backgrounds:
                 background.drain_at_exit()
         self.exiting = True
@@ -2137,8 +2149,7 @@ class _Background(_Pool):
         await self.loop.shutdown_asyncgens()
 
     def withdraw(self) -> None:
-        if _process.background.get("") is self:
-            _process.background.pop("", None)
+        _process.forget(self)
         super().withdraw()
 
     def retire(self, heir: _Pool) -> None:
