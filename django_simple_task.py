@@ -224,11 +224,18 @@ _LONGEST_NAME = 200
 # Exceptions
 
 
-class QueueFull(queue.Full):
+class _SelfExplanatory(Exception):
+    """Has its docstring as its message, if it is raised bare."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(args or [self.__doc__]))
+
+
+class QueueFull(_SelfExplanatory, queue.Full):
     """The queue holds as many jobs as DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE allows."""
 
 
-class JobLost(RuntimeError):
+class JobLost(_SelfExplanatory, RuntimeError):
     """The process ended before the job did."""
 
 
@@ -1100,7 +1107,8 @@ class _Queue:
     """
 
     def __init__(self) -> None:
-        # The highest priority first.
+        # The highest priority first. Here as well, for a look at what a dict has beside
+        # its items takes long.
         self._order: list[tuple[int, deque[_Job | _Call]]] = []
         self.levels = _Levels(self._order)
         # Heaps, the first due first.

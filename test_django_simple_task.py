@@ -367,13 +367,17 @@ def test_settings_are_read_at_each_call_after_plain_assignment(ledger):
 
 
 def test_queue_full_is_a_queue_full_of_the_standard_library():
-    """Who caught queue.Full catches ours."""
+    """Who caught queue.Full catches ours; raised bare, it explains itself."""
     assert issubclass(QueueFull, queue.Full)
+    assert QUEUE_MAXSIZE in str(QueueFull())
+    assert str(QueueFull("Full.")) == "Full."
 
 
 def test_job_lost_is_a_runtime_error():
-    """Who reads a TaskResult finds it by its path."""
+    """Raised bare, it explains itself."""
     assert issubclass(JobLost, RuntimeError)
+    assert str(JobLost())
+    assert str(JobLost("Gone.")) == "Gone."
 
 
 # Handing over
