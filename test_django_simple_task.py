@@ -1481,9 +1481,7 @@ def test_immediate_runs_what_a_job_defers_before_that_job_ends(immediate, ledger
     assert ledger.runs == ["async in async", "sync in async", "outer", "outermost"]
 
 
-def test_ctrl_c_while_a_helper_runs_a_job_is_accounted_for(
-    immediate, monkeypatch, caplog
-):
+def test_ctrl_c_while_a_helper_runs_a_job_is_accounted_for(immediate, monkeypatch):
     """It passes on to the caller, as that of any job does, and the job has failed."""
 
     def interrupted(function, *args):
@@ -2239,7 +2237,7 @@ def test_a_change_of_the_wall_clock_changes_nothing(hours, ledger, monkeypatch):
     run(main)
     assert ledger.runs == ["soon"]
     expected = {"accepted": 5, "succeeded": 3, "failed": 1, "lost": 1, "retried": 1}
-    assert outcomes_since(before) == expected
+    assert since(before) == expected
 
 
 @pytest.mark.parametrize("timeout", [0.05, datetime.timedelta(seconds=0.05)])
@@ -2373,7 +2371,7 @@ def test_a_job_lost_before_its_timeout_is_enforced_is_recorded_once(ledger, capl
     before = stats()
     with grace_period(0):
         run(main)
-    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    assert since(before) == {"accepted": 1, "lost": 1}
     (error,) = logged_records(caplog, "ERROR")
     assert "lost in flight" in error.getMessage()
 
@@ -2414,7 +2412,7 @@ def test_a_timeout_that_meets_the_end_of_the_job_is_one_or_the_other():
 
     with workers(100):
         run(main, debug=False)
-    outcomes = collections.Counter(outcomes_since(before))
+    outcomes = collections.Counter(since(before))
     assert outcomes["accepted"] == outcomes["succeeded"] + outcomes["failed"] == 1000
 
 
@@ -2612,10 +2610,7 @@ def unformattable(how):
     return Nameless("Class", (Exception,), {})()
 
 
-UNFORMATTABLE = ["text", "cause", "class", "module"]
-
-
-@pytest.mark.parametrize("how", UNFORMATTABLE)
+@pytest.mark.parametrize("how", ["text", "cause", "class", "module"])
 def test_an_exception_that_cannot_be_formatted_is_recorded(how, ledger, caplog):
     """Fault 53: it has failed, in one ERROR line; the worker goes on."""
 
@@ -3197,16 +3192,6 @@ def assert_accounts_closed():
     assert [accounts[name] for name in unfinished] == [0, 0, 0]
 
 
-def outcomes_since(before):
-    after = stats()
-    names = "accepted", "succeeded", "failed", "lost", "retried"
-    return {
-        name: after[name] - before[name]
-        for name in names
-        if after[name] != before[name]
-    }
-
-
 @contextlib.asynccontextmanager
 async def busy():
     """Occupy one worker, so that what is deferred inside waits until the end."""
@@ -3632,7 +3617,7 @@ def test_a_job_that_a_drain_took_from_a_worker_does_not_run(ledger, monkeypatch)
     (go_on,) = held
     go_on()
     assert ledger.runs == []
-    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    assert since(before) == {"accepted": 1, "lost": 1}
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -3661,7 +3646,7 @@ def test_a_job_that_is_taken_from_a_worker_as_it_begins_does_not_run(
     before = stats()
     run(main)
     assert ledger.runs == [0, 2]
-    assert outcomes_since(before) == {"accepted": 3, "succeeded": 2, "lost": 1}
+    assert since(before) == {"accepted": 3, "succeeded": 2, "lost": 1}
 
 
 def turns_amid(kind, jobs):
@@ -3804,7 +3789,7 @@ def test_no_exception_stops_a_worker(fault, kind, max_attempts, ledger, caplog):
     expected = {"accepted": 4, "succeeded": 3, "failed": 1}
     if retries:
         expected["retried"] = retries
-    assert outcomes_since(before) == expected
+    assert since(before) == expected
     (error,) = logged_records(caplog, "ERROR")
     assert "fail" in error.job
     assert error.attempt == retries + 1
@@ -3910,7 +3895,7 @@ def test_a_job_may_be_cancelled_before_it_has_begun(ledger, caplog):
     assert ledger.runs.count("next") == 3
     (error,) = logged_records(caplog, "ERROR")
     assert "victim" in error.job
-    assert outcomes_since(before) == {"accepted": 5, "succeeded": 4, "failed": 1}
+    assert since(before) == {"accepted": 5, "succeeded": 4, "failed": 1}
 
 
 def test_a_job_that_cancels_its_own_task_harms_no_other(ledger):
@@ -3935,7 +3920,7 @@ def test_a_job_that_cancels_its_own_task_harms_no_other(ledger):
     before = stats()
     run(main)
     assert len(ledger.runs) == 10
-    assert outcomes_since(before) == {"accepted": 1020, "succeeded": 1020}
+    assert since(before) == {"accepted": 1020, "succeeded": 1020}
 
 
 def test_a_job_may_cancel_its_own_task_and_wait(ledger):
@@ -3953,7 +3938,7 @@ def test_a_job_may_cancel_its_own_task_and_wait(ledger):
 
     before = stats()
     run(main)
-    assert outcomes_since(before) == {"accepted": 2, "succeeded": 1, "failed": 1}
+    assert since(before) == {"accepted": 2, "succeeded": 1, "failed": 1}
 
 
 def test_a_call_that_was_cancelled_is_not_made(ledger):
@@ -4004,7 +3989,7 @@ def test_a_coroutine_does_not_begin_after_its_job_was_given_up(loop_goes_on, led
     release.set()
     threads[0].join(HANG)
     gc.collect()
-    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    assert since(before) == {"accepted": 1, "lost": 1}
     assert ledger.runs == []
 
 
@@ -4114,7 +4099,7 @@ def test_a_logging_handler_that_raises_delays_nothing(how, ledger):
     finally:
         logger.removeHandler(broken)
     assert len(ledger.runs) == 6
-    assert outcomes_since(before) == {"accepted": 12, "succeeded": 6, "failed": 6}
+    assert since(before) == {"accepted": 12, "succeeded": 6, "failed": 6}
 
 
 @pytest.fixture
@@ -4531,7 +4516,7 @@ def test_a_thread_that_cannot_start_fails_one_job(kind, ledger, caplog, monkeypa
     run(main)
     assert refused
     assert ledger.runs == [1, 2]
-    assert outcomes_since(before) == {"accepted": 3, "succeeded": 2, "failed": 1}
+    assert since(before) == {"accepted": 3, "succeeded": 2, "failed": 1}
     (error,) = logged_records(caplog, "ERROR")
     assert "can't start new thread" in logging.Formatter().format(error)
 
@@ -5189,7 +5174,7 @@ def test_a_job_that_comes_as_the_threads_end_runs_elsewhere(kind, ledger):
 
     before = stats()
     run(main)
-    assert outcomes_since(before) == {"accepted": 2, "succeeded": 2}
+    assert since(before) == {"accepted": 2, "succeeded": 2}
     assert len(ledger.runs) == 2
 
 
@@ -5200,12 +5185,11 @@ def test_a_job_that_a_drain_seizes_as_a_worker_takes_it_is_lost_only(ledger):
     class Seizing(dict):
         def __setitem__(self, job, worker):
             super().__setitem__(job, worker)
-            pool.withdraw()
-            waiting.extend(pool.seize()[0])
+            worker.pool.withdraw()
+            waiting.extend(worker.pool.seize()[0])
 
     async def main():
         async with serving():
-            nonlocal pool
             (pool,) = django_simple_task._process.pools
             django_simple_task._process.in_flight = Seizing()
             defer(ledger.note)
@@ -5213,11 +5197,10 @@ def test_a_job_that_a_drain_seizes_as_a_worker_takes_it_is_lost_only(ledger):
             django_simple_task._process.in_flight = {}
             django_simple_task._lose(waiting)
 
-    pool = None
     before = stats()
     run(main)
     assert ledger.runs == []
-    assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+    assert since(before) == {"accepted": 1, "lost": 1}
 
 
 def test_a_worker_that_takes_a_job_from_a_closed_queue_gives_it_away(ledger):
@@ -5408,9 +5391,9 @@ def test_a_job_that_comes_between_the_drain_and_the_end_is_not_mislaid(
     before = stats()
     run(main)
     if threads == "threads":
-        assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+        assert since(before) == {"accepted": 1, "succeeded": 1}
     else:
-        assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+        assert since(before) == {"accepted": 1, "lost": 1}
         assert len(logged_records(caplog, "ERROR")) == 1
 
 
@@ -5592,9 +5575,9 @@ def test_what_is_in_flight_from_before_the_startup_is_drained_too(
     release.set()
     ledger.wait(1)
     if how == "shutdown" and grace is None:
-        assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+        assert since(before) == {"accepted": 1, "succeeded": 1}
     else:
-        assert outcomes_since(before) == {"accepted": 1, "lost": 1}
+        assert since(before) == {"accepted": 1, "lost": 1}
         (line,) = logged_records(caplog, "ERROR")
         assert line.getMessage().startswith("lost in flight job=")
 
@@ -6126,7 +6109,7 @@ def test_when_shutdown_complete_is_sent_all_is_accounted_for(ledger):
 
     before = stats()
     run(main)
-    assert outcomes_since(before) == {"accepted": 31, "succeeded": 30, "lost": 1}
+    assert since(before) == {"accepted": 31, "succeeded": 30, "lost": 1}
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -6177,7 +6160,7 @@ def test_a_cancelled_lifespan_reports_what_is_lost(kind, ledger, caplog):
     assert "lost=200" in counted["second"].getMessage()
     assert len(counted["first"].ids) == len(counted["second"].ids) == 20
     assert len(set(counted["first"].ids) | set(counted["second"].ids)) == 40
-    assert outcomes_since(before) == {"accepted": 1001, "lost": 1001}
+    assert since(before) == {"accepted": 1001, "lost": 1001}
     assert_accounts_closed()
 
 
@@ -6629,7 +6612,7 @@ def test_every_kind_of_loop_serves(loop_kind, ledger, caplog):
         run(main, debug=loop_kind == "debug")
     assert len(ledger.runs) == 152
     expected = {"accepted": 154, "succeeded": 153, "failed": 1, "retried": 2}
-    assert outcomes_since(before) == expected
+    assert since(before) == expected
     (error,) = logged_records(caplog, "ERROR")
     assert error.exc_info[0] is TimeoutError
 
@@ -6774,7 +6757,7 @@ def test_a_drain_runs_retries_at_once(ledger):
     before = stats()
     run(main)
     assert len(ledger.runs) == 3
-    assert outcomes_since(before) == {"accepted": 1, "succeeded": 1, "retried": 2}
+    assert since(before) == {"accepted": 1, "succeeded": 1, "retried": 2}
 
 
 @pytest.mark.parametrize("seconds", [None, 0])
@@ -6810,7 +6793,7 @@ def test_a_thousand_retries_do_not_keep_the_server(seconds, ledger, caplog):
         expected = {"lost": 1000}
         (error,) = logged_records(caplog, "ERROR")
         assert error.lost == 1000
-    assert outcomes_since(before) == {"accepted": 1000, "retried": 1000, **expected}
+    assert since(before) == {"accepted": 1000, "retried": 1000, **expected}
 
 
 def test_a_drain_does_not_wait_for_scheduled_jobs(ledger, caplog):
@@ -6825,7 +6808,7 @@ def test_a_drain_does_not_wait_for_scheduled_jobs(ledger, caplog):
     before = stats()
     run(main)
     assert ledger.runs == []
-    assert outcomes_since(before) == {"accepted": 30, "lost": 30}
+    assert since(before) == {"accepted": 30, "lost": 30}
     (error,) = logged_records(caplog, "ERROR")
     assert "lost=30" in error.getMessage()
     assert "note" in error.job
@@ -6868,7 +6851,7 @@ def test_jobs_that_hang_are_named_when_the_grace_period_is_over(ledger, caplog):
     before = stats()
     with workers(3), grace_period(0.2):
         run(main)
-    assert outcomes_since(before) == {"accepted": 13, "lost": 13}
+    assert since(before) == {"accepted": 13, "lost": 13}
     errors = [record.getMessage() for record in logged_records(caplog, "ERROR")]
     assert len(errors) == 4
     for name in (".hang", ".ahang", ".stubborn", "lost=10"):
@@ -6939,7 +6922,7 @@ def test_the_shutdown_waits_for_a_line_that_is_being_written(
     with grace_period(0):
         run(main, debug=False)
     assert ledger.runs == []
-    outcomes = outcomes_since(before)
+    outcomes = since(before)
     assert outcomes.pop("lost") >= 1
     if attempts == 1:
         assert outcomes == {"accepted": 2, "succeeded": 1}
@@ -6983,7 +6966,7 @@ def test_the_shutdown_waits_for_the_line_of_a_worker_that_has_come_back(
     before = stats()
     with held_while_told("finished", release) as (held, told), grace_period(0):
         run(main, debug=False)
-    assert outcomes_since(before) == {"accepted": 2, "succeeded": 1, "lost": 1}
+    assert since(before) == {"accepted": 2, "succeeded": 1, "lost": 1}
 
 
 def test_a_line_that_is_never_written_does_not_hold_the_shutdown(ledger):
@@ -7002,7 +6985,7 @@ def test_a_line_that_is_never_written_does_not_hold_the_shutdown(ledger):
     before = stats()
     with grace_period(0):
         run(main)
-    assert outcomes_since(before) == {"accepted": 1, "succeeded": 1}
+    assert since(before) == {"accepted": 1, "succeeded": 1}
 
 
 def test_a_drain_that_takes_time_says_what_it_waits_for(ledger, caplog):
@@ -8640,14 +8623,10 @@ def test_a_task_that_a_drain_loses_as_it_begins_has_failed(tasks):
         start(job, worker)
         stage.started.set()
 
-    def serve():
+    with mock.patch.object(django_simple_task._TaskJob, "start", start):
         with served(SHUTDOWN_GRACE_PERIOD=0):
             result = note.enqueue()
             assert begun.wait(HANG)
-        return result
-
-    with mock.patch.object(django_simple_task._TaskJob, "start", start):
-        result = serve()
         lost.set()
         assert stage.started.wait(HANG)
     result.refresh()
