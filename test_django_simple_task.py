@@ -4666,6 +4666,11 @@ class Draining(logging.Handler):
 logging.getLogger("django_simple_task").addHandler(Draining())
 """
 
+needs_threads_at_exit = pytest.mark.skipif(
+    (3, 12) <= sys.version_info < (3, 12, 3),
+    reason="does not apply: this Python starts no thread at its end",
+)
+
 SERVING = """
 from conftest import HANG, Ledger, Server, plain_app, serving
 """
@@ -4774,10 +4779,9 @@ def test_the_shortest_of_scripts_runs_its_job(kind):
     assert result.stdout.split() == ["ran"]
 
 
+@needs_threads_at_exit
 def test_the_drain_at_exit_may_use_threads_names_and_the_orm():
     """Fault 116: executors are not closed yet, whatever the job asks of them."""
-    if (3, 12) <= sys.version_info < (3, 12, 3):
-        pytest.skip("does not apply: this Python starts no thread at its end")
     result = run_well(
         """
         import socket
@@ -5448,12 +5452,18 @@ def test_a_job_that_cancels_all_tasks_does_not_end_the_drain_at_exit():
     """Fault 66: what waits runs all the same."""
     result = run_well(
         """
+        runs = threading.Event()
+
         async def cancel():
-            await asyncio.to_thread(Draining.begun.wait)
+            draining, loop = asyncio.Event(), asyncio.get_running_loop()
+            Draining.actions.append(lambda: loop.call_soon_threadsafe(draining.set))
+            runs.set()
+            await draining.wait()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task.cancel()
 
         defer(cancel)
+        assert runs.wait(10)
         for n in range(3):
             defer(print, {"args": [n]})
         """,
@@ -5484,6 +5494,7 @@ def test_tasks_that_jobs_leave_behind_are_cancelled_at_exit():
     assert "destroyed" not in result.stderr
 
 
+@needs_threads_at_exit
 def test_a_job_that_comes_between_the_drain_at_exit_and_the_end_runs():
     """There is one more drain for it."""
     result = run_well(
