@@ -2039,14 +2039,12 @@ class _Process:
         _check_configuration()
         background = _Background()
         self.backgrounds.append(background)
-        first = next(iter(self.backgrounds.copy()), background)
-        if first is not background and self.forget(background):
-            background.loop.close()
-            return first  # of another thread, or of a signal handler
-        # First this, then a look; a lifespan serves, then looks for this.
-        if self.pools and self.forget(background):
+        # First this, then a look; a lifespan serves, then looks for this. Another thread,
+        # or the code that a signal handler has interrupted, may be first, too.
+        serving = [*self.backgrounds[:1], *self.pools[-1:]]
+        if serving != [background] and self.forget(background):
             background.undo_startup()
-            return self.serving_pool()
+            return serving[-1]
         try:
             self.prepare()
             background.startup()

@@ -5275,6 +5275,41 @@ def test_a_lifespan_that_starts_as_the_background_does_serves_alone(
         assert not isinstance(pool, django_simple_task._Background)
 
 
+def test_a_background_that_is_one_too_many_keeps_no_job(ledger):
+    """Fault 94: a third caller found it as the first one's could not start."""
+    starts, goes = threading.Event(), threading.Event()
+    process = django_simple_task._process
+
+    def start_in_vain(background):
+        patch.undo()
+        starts.set()
+        assert goes.wait(HANG)
+        raise RuntimeError("can't start new thread")
+
+    def first_caller():
+        with pytest.raises(RuntimeError, match="no thread can be started"):
+            defer(ledger.note, {"args": ["first"]})
+
+    def forget(background):
+        patch.undo()
+        goes.set()
+        caller.join(HANG)
+        defer(ledger.note, {"args": ["third"]})
+        return process.forget(background)
+
+    with served():
+        pass  # now nobody serves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(django_simple_task._Background, "startup", start_in_vain)
+        caller = threading.Thread(target=first_caller)
+        caller.start()
+        assert starts.wait(HANG)
+        patch.setattr(process, "forget", forget)
+        defer(ledger.note, {"args": ["second"]})
+    assert join(HANG)
+    assert sorted(ledger.runs) == ["second", "third"]
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_lifespan_takes_over_what_waits_in_the_background(kind):
     """Pending, scheduled and retry-waiting jobs move in order; in-flight ones stay."""
