@@ -296,9 +296,10 @@ from django_simple_task import *
 """
 
 
-def run_script(body, *, timeout=HANG, dev=True, **settings):
+def run_script(body, *, before="", timeout=HANG, dev=True, **settings):
     """Run a script in a process of its own, after django.setup(); end it if it hangs."""
-    code = PREAMBLE.replace("{settings!r}", repr(settings)) + textwrap.dedent(body)
+    preamble = PREAMBLE.replace("{settings!r}", repr(settings))
+    code = before + preamble + textwrap.dedent(body)
     process = subprocess.Popen(
         [sys.executable, *(["-X", "dev"] if dev else []), "-c", code],
         stdout=subprocess.PIPE,

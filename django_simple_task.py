@@ -187,11 +187,6 @@ _SETTINGS = {
     _IMMEDIATE: _Field(False, "True or False", bool),
 }
 
-# Where LazySettings keeps what it has looked up: it forgets a name that is set, and all
-# of them under override_settings(). A look here takes a tenth of the time that an
-# attribute of `settings` takes, and a hundredth if the setting is not there.
-_looked_up: dict[str, Any] = vars(settings)
-
 
 def _setting(name: str) -> Any:
     """Return a setting of ours, or raise ImproperlyConfigured."""
@@ -573,7 +568,7 @@ class _Job:
 
     def begin(self, worker: str) -> bool:
         """Begin an attempt. Return False if a drain has given the job up."""
-        # First this, then a look; the drain takes the job, then looks at this.
+        # First this, then a look; seize() takes the job, then looks at this.
         self.attempt += 1
         if self not in _process.in_flight:
             return False
@@ -798,11 +793,43 @@ def _seconds_until(run_after: Any) -> float | None:
     return seconds if seconds > 0 else None
 
 
+# What is not public in Django, asgiref and threading. All of it stands here, with what
+# stands in for it, and has tests for the day on which it goes.
+
+# Where LazySettings keeps what it has looked up: it forgets a name that is set, and all
+# of them under override_settings(). A look here takes a tenth of the time that an
+# attribute of `settings` takes, and a hundredth if the setting is not there.
+_looked_up: dict[str, Any] = vars(settings)
+
+# atexit comes too late: executors are closed by then, and with them name look-ups,
+# asyncio.to_thread() and sync_to_async().
+_call_at_exit: Any = getattr(threading, "_register_atexit", atexit.register)
+
+# Where thread-sensitive work is done outside of requests, a thread for all of it.
+_shared_thread: Any = getattr(SyncToAsync, "single_thread_executor", None)
+# markcoroutinefunction() leaves an attribute; which, depends on the version of Python.
+_MARK_NAME, _MARK = next(
+    iter(vars(markcoroutinefunction(lambda: None)).items()), ("", object())
+)
+# The alias of a connection to the server, but to no database of the project.
+_NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
+
+
+def _connections_here() -> Mapping[str, Any]:
+    """
+    Return where Django keeps this thread's connections by alias: also those that failed
+    while they were made, of which connection_created does not tell.
+    """
+    try:
+        return vars(connections._connections._storage)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # then look into it each time
+        return {"unknown": None}
+
+
 # A job's context is a copy of its caller's. What asgiref keeps there belongs to a
 # request and to a thread, and would do harm: ORM calls would run in the request's own
 # thread, or in one that is gone, or be refused; and what was set in another thread, as
-# the language is, would not be seen. None of this is public. So all of it stands here,
-# and has tests for the day on which it goes.
+# the language is, would not be seen.
 
 _thread_sensitive_context: ContextVar[Any] = getattr(
     SyncToAsync, "thread_sensitive_context", ContextVar("absent")
@@ -816,27 +843,6 @@ _thread_executors: Any = getattr(
 # From 3.12 on a Local keeps its values together with the thread that set them. Before,
 # it keeps them in a dict that all copies of a context share.
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
-
-
-def _connections_here() -> Mapping[str, Any]:
-    """
-    Return where Django keeps this thread's connections by alias: also those that failed
-    while they were made, of which connection_created does not tell.
-    """
-    try:
-        return vars(connections._connections._storage)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):  # it is not public: then look into it each time
-        return {"unknown": None}
-
-
-# Where thread-sensitive work is done outside of requests, a thread for all of it.
-_shared_thread: Any = getattr(SyncToAsync, "single_thread_executor", None)
-# markcoroutinefunction() leaves an attribute; which, depends on the version of Python.
-_MARK_NAME, _MARK = next(
-    iter(vars(markcoroutinefunction(lambda: None)).items()), ("", object())
-)
-# The alias of a connection to the server, but to no database of the project.
-_NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
 
 
 def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any] | None:
@@ -2039,8 +2045,8 @@ class _Process:
         _check_configuration()
         background = _Background()
         self.backgrounds.append(background)
-        # First this, then a look; a lifespan serves, then looks for this. Another thread,
-        # or the code that a signal handler has interrupted, may be first, too.
+        # First this, then a look; a lifespan serves, then looks for this. Or another
+        # one counts, of a thread or of the code that a signal handler has interrupted.
         serving = [*self.backgrounds[:1], *self.pools[-1:]]
         if serving != [background] and self.forget(background):
             background.undo_startup()
@@ -2069,10 +2075,7 @@ class _Process:
             return
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.start_empty)
-        # atexit comes too late: executors are closed by then, and with them name
-        # look-ups, asyncio.to_thread() and sync_to_async().
-        register = getattr(threading, "_register_atexit", atexit.register)
-        register(self.drain_at_exit)
+        _call_at_exit(self.drain_at_exit)
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""

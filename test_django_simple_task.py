@@ -4816,10 +4816,14 @@ def test_a_platform_without_forks_and_early_exit_hooks_drains_at_exit():
     """Windows has no fork; threading's hook is not public."""
     run_well(
         """
-        del os.register_at_fork, threading._register_atexit
+        del os.register_at_fork
         for n in range(10):
             defer(print, {"args": [n]})
         """,
+        before="""
+import concurrent.futures.thread, threading
+del threading._register_atexit
+""",
     )
 
 
@@ -5552,7 +5556,7 @@ def test_a_job_that_comes_between_the_drain_at_exit_and_the_end_runs():
 def test_the_process_is_prepared_for_its_end_once(monkeypatch):
     """However many threads find that it is not, as each asks in one step."""
     hooks = []
-    monkeypatch.setattr(threading, "_register_atexit", hooks.append)
+    monkeypatch.setattr(django_simple_task, "_call_at_exit", hooks.append)
     monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
     process = django_simple_task._Process()
     process.prepare()
