@@ -2125,6 +2125,7 @@ class _Background(_Pool):
         self.loop.close()
         self.ended.set_result(None)
         self.evict()
+        self.leave()
 
     def say_so(self) -> None:
         level, reason = logging.INFO, ""
@@ -2167,7 +2168,13 @@ class _Background(_Pool):
         _process.retiring.append(self)
         self.withdraw()
         self.evict()
-        self.loop.call_soon_threadsafe(self.end, context=self.context)
+        self.ask_to_end()
+
+    def ask_to_end(self) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.end, context=self.context)
+        except RuntimeError:  # it could not start
+            self.leave()
 
     def end(self) -> None:
         """On the loop: stop it after a drain."""
@@ -2182,6 +2189,10 @@ class _Background(_Pool):
         if ending.cancelled():  # by a job, which cancels every task that it finds
             return self.end()
         self.loop.stop()
+        self.leave()
+
+    def leave(self) -> None:
+        """Let its heir wait no more."""
         with contextlib.suppress(ValueError):
             _process.retiring.remove(self)
         _process.notify()
@@ -2190,8 +2201,7 @@ class _Background(_Pool):
         """In the main thread: wait for the drain. Ctrl-C ends the grace period."""
         self.begin_shutdown()
         if self.heir is None:
-            with contextlib.suppress(RuntimeError):  # it could not start
-                self.loop.call_soon_threadsafe(self.end, context=self.context)
+            self.ask_to_end()
         while True:
             try:
                 self.ended.result()
@@ -2199,7 +2209,8 @@ class _Background(_Pool):
             except KeyboardInterrupt:
                 self.deadline = monotonic()
                 _process.notify()
-        self.thread.join(_PATIENCE)
+        if self.thread.is_alive():  # else it has ended, or could not start
+            self.thread.join(_PATIENCE)
 
 
 # Lifespan middleware

@@ -5279,6 +5279,24 @@ def test_a_lifespan_that_starts_as_the_background_does_serves_alone(
         assert not isinstance(pool, django_simple_task._Background)
 
 
+def test_a_lifespan_does_not_wait_for_a_background_that_could_not_start(ledger):
+    """Faults 92 and 102: it had taken over what waits there already."""
+
+    def start_in_vain(background):
+        patch.undo()
+        stack.enter_context(served())
+        raise RuntimeError("can't start new thread")
+
+    with served():
+        pass  # now nobody serves
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(django_simple_task._Background, "startup", start_in_vain)
+        with pytest.raises(RuntimeError, match="no thread can be started"):
+            defer(ledger.note)
+        defer(ledger.note)
+    assert ledger.runs == [None]
+
+
 def test_a_background_that_is_one_too_many_keeps_no_job(ledger):
     """Fault 94: a third caller found it as the first one's could not start."""
     starts, goes = threading.Event(), threading.Event()
@@ -5551,6 +5569,33 @@ def test_a_job_that_comes_between_the_drain_at_exit_and_the_end_runs():
         """
     )
     assert result.stdout.split() == ["first", "late"]
+
+
+def test_a_background_that_cannot_start_does_not_hold_up_the_end():
+    """Fault 102: a thread finds that out while the drain at exit waits for it."""
+    run_well(
+        """
+        import django_simple_task
+
+        def start_in_vain(background):
+            draining = threading.Event()
+            with django_simple_task._process.watching(draining.set):
+                starts.set()
+                draining.wait()
+            raise RuntimeError("can't start new thread")
+
+        def caller():
+            try:
+                defer(print)
+            except RuntimeError:
+                assert stats()["accepted"] == 0
+
+        starts = threading.Event()
+        django_simple_task._Background.startup = start_in_vain
+        threading.Thread(target=caller, daemon=True).start()
+        starts.wait()
+        """
+    )
 
 
 def test_the_process_is_prepared_for_its_end_once(monkeypatch):
