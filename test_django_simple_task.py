@@ -11742,10 +11742,11 @@ def play_out(world, draw, grace):
         accounts = stats()
         sim.judge(min(accounts.values()) >= 0, accounts)
 
-    threads = [Thread(sim, produce, f"producer {n}") for n in range(draw.randint(1, 3))]
+    producers = range(draw.choice([1, 2, 3, 6]))
+    threads = [Thread(sim, produce, f"producer {n}") for n in producers]
     threads += [Thread(sim, watch, "watcher")] * draw.choice([0, 1])
     waiting = threads.copy()
-    if draw.random() < 0.5:
+    for _ in range(draw.choice([0, 1, len(producers)])):
         waiting.pop(0).start()
         sim.switch()
     for _ in range(draw.choice([1, 1, 2])):
