@@ -5571,15 +5571,19 @@ def test_a_job_that_comes_between_the_drain_at_exit_and_the_end_runs():
     assert result.stdout.split() == ["first", "late"]
 
 
-def test_a_background_that_cannot_start_does_not_hold_up_the_end():
-    """Fault 102: a thread finds that out while the drain at exit waits for it."""
+@pytest.mark.parametrize("waits", [False, True], ids=["asks it", "waits for it"])
+def test_a_background_that_cannot_start_does_not_hold_up_the_end(waits):
+    """Fault 102: a thread finds that out when the drain at exit has begun."""
     run_well(
-        """
+        f"""
         import django_simple_task
 
+        def drain():
+            draining.set()
+            {"" if waits else "done.wait()"}
+
         def start_in_vain(background):
-            draining = threading.Event()
-            with django_simple_task._process.watching(draining.set):
+            with django_simple_task._process.watching(drain):
                 starts.set()
                 draining.wait()
             raise RuntimeError("can't start new thread")
@@ -5589,13 +5593,40 @@ def test_a_background_that_cannot_start_does_not_hold_up_the_end():
                 defer(print)
             except RuntimeError:
                 assert stats()["accepted"] == 0
+            done.set()
 
-        starts = threading.Event()
+        starts, draining, done = (threading.Event() for _ in range(3))
         django_simple_task._Background.startup = start_in_vain
         threading.Thread(target=caller, daemon=True).start()
         starts.wait()
         """
     )
+
+
+def test_the_end_waits_for_a_job_whose_background_has_an_heir():
+    """A lifespan in a daemon thread has taken over all that had not begun."""
+    result = run_well(
+        """
+        def hold():
+            begins.set()
+            Draining.begun.wait()
+            print("held")
+
+        async def serve():
+            async with serving():
+                serves.set()
+                await asyncio.Event().wait()
+
+        begins, serves = threading.Event(), threading.Event()
+        defer(hold)
+        begins.wait()
+        threading.Thread(target=asyncio.run, args=[serve()], daemon=True).start()
+        serves.wait()
+        """,
+        DRAINING,
+        SERVING,
+    )
+    assert result.stdout == "held\n"
 
 
 def test_the_process_is_prepared_for_its_end_once(monkeypatch):
