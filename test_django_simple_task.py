@@ -6290,6 +6290,43 @@ def test_a_cancelled_lifespan_reports_what_is_lost(kind, ledger, caplog):
     assert_accounts_closed()
 
 
+def test_a_lifespan_that_is_broken_off_can_be_cancelled(ledger, caplog):
+    """Fault 31: its drain ends then, and what it has waited for is reported."""
+    messages = [{"type": "lifespan.startup"}]
+
+    async def hang():
+        ledger.note()
+        await asyncio.Event().wait()
+
+    async def main():
+        breaks = asyncio.Event()
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await asyncio.to_thread(ledger.wait, 1)
+            breaks.set()
+            raise ConnectionError("The server is gone.")
+
+        async def send(message):
+            defer(hang)
+
+        lifespan = drive(receive, send)
+        await breaks.wait()
+        await turns(5)
+        lifespan.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lifespan
+        assert stats()["workers"] == 0
+
+    before = stats()
+    run(main)
+    broken, lost = logged_records(caplog, "ERROR")
+    assert "broken off" in broken.getMessage()
+    assert "lost in flight" in lost.getMessage()
+    assert since(before) == {"accepted": 1, "lost": 1}
+
+
 def test_a_cancellation_that_meets_the_end_of_the_drain_is_not_swallowed():
     """Fault 75: at each of many offsets, a lifespan is cancelled as the last job ends."""
     outcomes = collections.Counter()
