@@ -349,14 +349,15 @@ def join(timeout: float | None = None) -> bool:
     if _running_loop() is not None:
         raise RuntimeError("join() would block the event loop: use `await ajoin()`.")
     deadline = _deadline(timeout)
-    changed = threading.Event()
-    with _process.watching(changed.set):
+    # No Event: a signal handler that defers would wait for the lock that we hold in it.
+    changes: queue.SimpleQueue[None] = queue.SimpleQueue()
+    with _process.watching(functools.partial(changes.put, None)):
         while _process.unfinished():
             seconds = deadline - monotonic()
             if seconds <= 0:
                 return False
-            changed.wait(min(seconds, threading.TIMEOUT_MAX))
-            changed.clear()
+            with contextlib.suppress(queue.Empty):
+                changes.get(timeout=min(seconds, threading.TIMEOUT_MAX))
     return True
 
 
@@ -1597,14 +1598,14 @@ class _Pool:
         self.queue.levels[priority].append(job)
         if self.closed:
             self.evict()
-        elif self.idle and (not self.waking or self.loop.is_closed()):
+        elif self.loop.is_closed() or (self.idle and not self.waking):
             self.wake()
 
     def put_later(self, job: _Job, due: float) -> None:
         first = self.queue.put_later(job, due)
         if self.closed:
             self.evict()
-        elif first or self.draining or _process.watchers:
+        elif first or self.draining or _process.watchers or self.loop.is_closed():
             self.wake()
 
     def hand_back(self, worker: _Worker, job: _Job | None) -> None:
@@ -1621,14 +1622,14 @@ class _Pool:
             self.loop.call_soon_threadsafe(self.dispatch, context=self.context)
         except RuntimeError:  # the loop was closed without a word
             self.withdraw()
-            self.clear_returning()
+            self.clear_loop()
             self.evict()
         except BaseException:  # Ctrl-C, just here: then the next one wakes it
             self.waking = False
             raise
 
-    def clear_returning(self) -> None:
-        """Give away the jobs that were on their way to a loop that is no more."""
+    def clear_loop(self) -> None:
+        """Give away what was on its way to a dead loop, and lose what is there."""
         while self.returning:
             with contextlib.suppress(IndexError):  # another thread was faster
                 worker, job = self.returning.popleft()
@@ -1639,6 +1640,10 @@ class _Pool:
                     _lose_in_flight(job, worker.started)
                 else:
                     self.give_away(job, None)
+        for job, worker in self.in_flight():
+            waits = worker.task is not None
+            if waits and _process.in_flight.pop(job, None) is not None:
+                _lose_in_flight(job, worker.started)
         _process.notify()
 
     def withdraw(self) -> None:
@@ -1648,7 +1653,8 @@ class _Pool:
         self.closed = True  # only now, as what is evicted must not come back
 
     def evict(self) -> None:
-        """Give what waits to the pool that takes over, or that serves."""
+        """Withdraw, and give what waits to the pool that takes over, or that serves."""
+        self.withdraw()
         for due, job in self.queue.clear():
             self.give_away(job, due)
 
@@ -1947,9 +1953,10 @@ class _Process:
         self.retried = _Counter()
 
     def stats(self) -> dict[str, int]:
-        # Read against the stream, outcomes first and acceptance last, so that a job
-        # that moves meanwhile is counted once. What was accepted and is nowhere else
-        # is pending: were a job ever mislaid, it would stay to be seen there.
+        # Read against the stream, outcomes first and acceptance last, and heirs before
+        # what they take over, so that a job that moves meanwhile is counted once. What
+        # was accepted and is nowhere else is pending: were a job ever mislaid, it would
+        # stay to be seen there.
         settled = {
             "succeeded": self.succeeded.value(),
             "failed": self.failed.value(),
@@ -1958,7 +1965,7 @@ class _Process:
         }
         in_flight = len(self.in_flight)
         pools = self.pools.copy()
-        scheduled = sum(len(pool.queue.scheduled) for pool in pools)
+        scheduled = sum(len(pool.queue.scheduled) for pool in reversed(pools))
         accepted = self.accepted.value()
         return {
             "workers": sum(len(pool.workers) for pool in pools),
@@ -2018,7 +2025,6 @@ class _Process:
         before = self.take_backgrounds()
         for background in before:
             background.heir = pool
-            background.closed = True
             background.evict()
         self.pools.append(pool)
         # Whoever found that nobody serves has looked again, or its background is here.
@@ -2038,26 +2044,28 @@ class _Process:
 
     def start_background(self) -> _Pool:
         """Serve without a lifespan."""
-        if self.exiting:
-            raise RuntimeError(
-                "The interpreter is shutting down: it runs no more jobs."
-            )
         _check_configuration()
+        self.prepare()
         background = _Background()
         self.backgrounds.append(background)
-        # First this, then a look; a lifespan serves, then looks for this. Or another
-        # one counts, of a thread or of the code that a signal handler has interrupted.
+        # First this, then a look; a lifespan serves, then looks for this, and so does
+        # the end of the process. Or another background counts: of a thread, or of the
+        # code that a signal handler has interrupted.
         serving = [*self.backgrounds[:1], *self.pools[-1:]]
         if serving != [background] and self.forget(background):
             background.undo_startup()
             return serving[-1]
         try:
-            self.prepare()
+            if self.exiting:
+                raise RuntimeError
             background.startup()
             background.thread.start()
-        except RuntimeError as error:
-            self.forget(background)
-            background.undo_startup()
+        except BaseException as error:  # also a signal handler's
+            if background.thread not in threading.enumerate():  # else it serves
+                self.forget(background)
+                background.undo_startup()
+            if not isinstance(error, RuntimeError):
+                raise
             raise RuntimeError(
                 "The interpreter is shutting down, or the limit of threads is reached: "
                 "no thread can be started for jobs."
@@ -2075,7 +2083,10 @@ class _Process:
             return
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.start_empty)
-        _call_at_exit(self.drain_at_exit)
+        try:
+            _call_at_exit(self.drain_at_exit)
+        except RuntimeError:  # it is at its end
+            self.exiting = True
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
@@ -2090,15 +2101,23 @@ class _Process:
 
     def drain_at_exit(self) -> None:
         """In the main thread, at the end of the interpreter."""
-        while backgrounds := [*self.retiring, *self.backgrounds]:
-            for background in backgrounds:
-                background.drain_at_exit()
+        self.drain_backgrounds()
         self.exiting = True
-        for pool in self.pools.copy():
+        self.drain_backgrounds()  # those that had not been told
+        flying = [worker.pool for worker in self.in_flight.copy().values()]
+        for pool in [*self.pools, *flying]:
+            if pool is None:
+                continue  # its caller runs it
             if pool.loop.is_running() and not pool.thread.daemon:
                 continue  # Python waits for a server in another thread
             pool.withdraw()  # its loop has ended without a shutdown, or will
             _lose(pool.seize()[0])
+
+    def drain_backgrounds(self) -> None:
+        # In this order, in which they move.
+        while backgrounds := [*self.backgrounds, *self.retiring]:
+            for background in backgrounds:
+                background.drain_at_exit()
 
 
 class _Background(_Pool):
@@ -2109,6 +2128,7 @@ class _Background(_Pool):
         self.thread = threading.Thread(
             target=self.serve_in_thread, name=f"{_LABEL}-background", daemon=True
         )
+        self.stopped = False
         self.ended: Future[None] = Future()
 
     def startup(self) -> None:
@@ -2122,10 +2142,8 @@ class _Background(_Pool):
         self.closed = True
         for worker in self.workers:
             worker.lane.end()
-        self.loop.close()
-        self.ended.set_result(None)
+        self.close()
         self.evict()
-        self.leave()
 
     def say_so(self) -> None:
         level, reason = logging.INFO, ""
@@ -2137,17 +2155,14 @@ class _Background(_Pool):
         _write(level, f"No lifespan: jobs run in a background thread{reason}.")
 
     def serve_in_thread(self) -> None:
-        stopped = False
-        while not stopped:
+        while not self.stopped:  # but by a job
             # asyncio has a SystemExit get through that a task raises, of a job's own.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
-                stopped = True
         try:
             self.loop.run_until_complete(self.cancel_what_is_left())
         finally:
-            self.loop.close()
-            self.ended.set_result(None)
+            self.close()
 
     async def cancel_what_is_left(self) -> None:
         """End the tasks and generators that jobs have left behind."""
@@ -2158,6 +2173,17 @@ class _Background(_Pool):
             await asyncio.wait(left, timeout=_PATIENCE)
         await self.loop.shutdown_asyncgens()
 
+    def close(self) -> None:
+        """Be no more, and let the heir wait no more."""
+        self.loop.close()
+        self.leave()
+        self.ended.set_result(None)
+
+    def leave(self) -> None:
+        with contextlib.suppress(ValueError):
+            _process.retiring.remove(self)
+        _process.notify()
+
     def withdraw(self) -> None:
         _process.forget(self)
         super().withdraw()
@@ -2166,14 +2192,13 @@ class _Background(_Pool):
         """From any thread: end with what is in flight. All else is given away."""
         self.heir = heir
         _process.retiring.append(self)
-        self.withdraw()
         self.evict()
         self.ask_to_end()
 
     def ask_to_end(self) -> None:
         try:
             self.loop.call_soon_threadsafe(self.end, context=self.context)
-        except RuntimeError:  # it could not start
+        except RuntimeError:  # it could not start, or is no more
             self.leave()
 
     def end(self) -> None:
@@ -2188,14 +2213,8 @@ class _Background(_Pool):
     def stop(self, ending: asyncio.Task[None]) -> None:
         if ending.cancelled():  # by a job, which cancels every task that it finds
             return self.end()
+        self.stopped = True
         self.loop.stop()
-        self.leave()
-
-    def leave(self) -> None:
-        """Let its heir wait no more."""
-        with contextlib.suppress(ValueError):
-            _process.retiring.remove(self)
-        _process.notify()
 
     def drain_at_exit(self) -> None:
         """In the main thread: wait for the drain. Ctrl-C ends the grace period."""

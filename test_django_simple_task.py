@@ -1411,6 +1411,25 @@ def test_stats_counts_each_job_once_and_its_accounts_close():
         asyncio.run(main())
 
 
+def test_stats_counts_once_what_a_lifespan_takes_over_meanwhile():
+    """Else `pending` would be negative, and join() be content too early."""
+
+    class TakenOver(list):
+        def __len__(self):
+            length = super().__len__()
+            if length:
+                heir.scheduled.append(self.pop())
+            return length
+
+    process = django_simple_task._Process()
+    queue, heir = django_simple_task._Queue(), django_simple_task._Queue()
+    queue.scheduled = TakenOver([process.accepted.step()])
+    process.pools = [types.SimpleNamespace(queue=q, workers=[]) for q in (queue, heir)]
+    accounts = process.stats()
+    assert (accounts["scheduled"], accounts["pending"]) == (1, 0)
+    assert len(heir.scheduled) == 1
+
+
 def test_stats_may_be_read_while_jobs_come_and_go():
     """Whatever the moment, the accounts close and nothing is negative."""
     before = stats()
@@ -5081,6 +5100,37 @@ def test_a_job_may_fork_a_child_that_waits_for_jobs_of_its_own():
     ]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
+def test_a_process_may_fork_while_a_thread_starts_the_background():
+    """Fault 91: its first one, for which the parent prepares itself just now."""
+    result = run_script(
+        """
+        import django_simple_task
+
+        def prepare(prepare=django_simple_task._process.prepare):
+            starts.set()
+            forked.wait()
+            prepare()
+
+        starts, forked = threading.Event(), threading.Event()
+        django_simple_task._process.prepare = prepare
+        caller = threading.Thread(target=defer, args=[print])
+        caller.start()
+        starts.wait()
+        pid = os.fork()
+        if not pid:
+            del django_simple_task._process.prepare
+            defer(print)
+            os._exit(0 if join(10) else 1)
+        forked.set()
+        assert os.waitpid(pid, 0)[1] == 0
+        caller.join()
+        assert join(10)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_jobs_deferred_before_startup_and_after_shutdown_run():
     """
     Faults 92 and 93: they run in the background, before and after the server's own.
@@ -5297,6 +5347,39 @@ def test_a_lifespan_does_not_wait_for_a_background_that_could_not_start(ledger):
     assert ledger.runs == [None]
 
 
+@pytest.mark.parametrize("name", ["startup", "start"], ids=["before", "after"])
+def test_a_signal_handler_may_raise_as_the_background_starts(name):
+    """Fault 90: the next job runs, and the process ends."""
+    result = run_well(
+        f"""
+        import django_simple_task
+
+        def interrupted(*args):
+            setattr(owner, "{name}", function)
+            if "{name}" == "start":
+                function(*args)
+            signal.raise_signal(signal.SIGTERM)
+
+        def exit(*args):
+            sys.exit(3)
+
+        owner = django_simple_task._Background
+        if "{name}" == "start":
+            owner = threading.Thread
+        function = owner.{name}
+        signal.signal(signal.SIGTERM, exit)
+        setattr(owner, "{name}", interrupted)
+        try:
+            defer(print, {{"args": ["first"]}})
+        except SystemExit:
+            defer(print, {{"args": ["second"]}})
+        assert join(10)
+        assert stats()["accepted"] == 1
+        """
+    )
+    assert result.stdout == "second\n"
+
+
 def test_a_background_that_is_one_too_many_keeps_no_job(ledger):
     """Fault 94: a third caller found it as the first one's could not start."""
     starts, goes = threading.Event(), threading.Event()
@@ -5437,9 +5520,10 @@ def test_a_job_that_comes_between_the_drain_and_the_end_is_not_mislaid(
         async with serving() as server:
             (pool,) = django_simple_task._process.pools
 
-            def withdraw(withdraw=pool.withdraw):
+            def withdraw():
+                del pool.withdraw
                 defer(ledger.note)
-                withdraw()
+                pool.withdraw()
 
             pool.withdraw = withdraw
             monkeypatch.setattr(threading.Thread, "start", start)
@@ -5527,6 +5611,83 @@ def test_a_job_that_cancels_all_tasks_does_not_end_the_drain_at_exit():
         DRAINING,
     )
     assert result.stdout.split() == ["0", "1", "2"]
+
+
+def test_a_job_that_stops_its_loop_stops_no_background():
+    """Fault 90: the jobs behind it run, and the process ends."""
+    result = run_well(
+        """
+        loops = []
+
+        async def stop():
+            await look()
+            loops[0].stop()
+
+        async def look():
+            loops.append(asyncio.get_running_loop())
+
+        for job in stop, look:
+            defer(job)
+            assert join(10)
+        print(len(set(loops)))
+        """
+    )
+    assert result.stdout == "1\n"
+
+
+def test_a_task_left_behind_may_exit_as_the_background_stops():
+    """Fault 90: in the same turn of the loop, which the SystemExit ends."""
+    result = run_script(
+        """
+        async def exit(loop):
+            while not loop._stopping:
+                await asyncio.sleep(0)
+            sys.exit()
+
+        async def job():
+            loop = asyncio.get_running_loop()
+            loop.left = asyncio.create_task(exit(loop))
+
+        defer(job)
+        assert join(10)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_thread_that_defers_as_the_process_ends_has_its_job_run_or_is_told():
+    """Fault 90: it had looked before; the background comes when the drain is over."""
+    result = run_well(
+        """
+        import django_simple_task
+
+        def check(check=django_simple_task._check_configuration):
+            check()
+            if threading.current_thread().name == "caller":
+                starts.set()
+                drained.wait()
+
+        def drain(drain=django_simple_task._process.drain_at_exit):
+            drain()
+            drained.set()
+
+        def caller():
+            try:
+                defer(print)
+            except RuntimeError as error:
+                print("refused:", error)
+
+        starts, drained = threading.Event(), threading.Event()
+        django_simple_task._check_configuration = check
+        django_simple_task._process.drain_at_exit = drain
+        defer(print, {"args": ["first"]})
+        assert join(10)
+        django_simple_task._process.backgrounds[0].withdraw()
+        threading.Thread(target=caller, name="caller").start()
+        starts.wait()
+        """
+    )
+    assert result.stdout.startswith("first\nrefused: The interpreter is shutting down")
 
 
 def test_tasks_that_jobs_leave_behind_are_cancelled_at_exit():
@@ -5627,6 +5788,93 @@ def test_the_end_waits_for_a_job_whose_background_has_an_heir():
         SERVING,
     )
     assert result.stdout == "held\n"
+
+
+def test_the_end_finds_a_background_that_is_taken_over_as_it_looks():
+    """It waits for the job in flight, which ends where it is."""
+    result = run_well(
+        """
+        import django_simple_task
+
+        class Spied(list):
+            def __iter__(self):
+                seen = [*super().__iter__()]
+                looks.set()
+                serves.wait()
+                return iter(seen)
+
+        async def serve():
+            async with serving():
+                serves.set()
+                await asyncio.Event().wait()
+
+        def server():
+            looks.wait()
+            asyncio.run(serve())
+
+        def job():
+            begins.set()
+            Draining.begun.wait()
+            print("ran")
+
+        begins, looks, serves = (threading.Event() for _ in range(3))
+        threading.Thread(target=server, daemon=True).start()
+        defer(job)
+        begins.wait()
+        process = django_simple_task._process
+        process.backgrounds = Spied(process.backgrounds)
+        process.retiring = Spied(process.retiring)
+        """,
+        DRAINING,
+        SERVING,
+    )
+    assert result.stdout == "ran\n"
+
+
+def test_a_lifespan_that_takes_over_as_the_background_ends_can_shut_down():
+    """It has no time left to end as an heir would have it, and is gone all the same."""
+    run_well(
+        """
+        import django_simple_task
+
+        async def main():
+            async with serving():
+                (heir,) = process.pools
+
+                async def cancel_what_is_left(background):
+                    background.retire(heir)
+
+                django_simple_task._Background.cancel_what_is_left = cancel_what_is_left
+                await asyncio.to_thread(background.drain_at_exit)
+
+        defer(print)
+        assert join(10)
+        process = django_simple_task._process
+        (background,) = process.pools
+        process.pools.clear()
+        process.backgrounds.clear()
+        asyncio.run(main())
+        """,
+        SERVING,
+    )
+
+
+def test_a_background_that_has_ended_before_it_is_listed_keeps_no_job():
+    """At the end of the process, when the thread that started it was slow."""
+    result = run_well(
+        """
+        import django_simple_task
+
+        defer(print, {"args": ["first"]})
+        assert join(10)
+        (background,) = django_simple_task._process.pools
+        background.withdraw()
+        django_simple_task._process.pools.append(background)
+        defer(print, {"args": ["second"]})
+        assert join(10)
+        """
+    )
+    assert result.stdout.split() == ["first", "second"]
 
 
 def test_the_process_is_prepared_for_its_end_once(monkeypatch):
@@ -5738,6 +5986,64 @@ def test_jobs_deferred_after_a_loop_was_closed_run():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"ran {n}" for n in range(6)]
     assert logged(result, "ERROR") == []
+
+
+@pytest.mark.parametrize("delay", [0, 0.1])
+def test_a_job_that_waits_on_a_loop_that_is_closed_is_lost_and_holds_up_none(delay):
+    """Faults 32 and 93: though no worker is idle, the next one finds out."""
+    result = run_script(
+        SERVING
+        + SERVING_LOOP
+        + textwrap.dedent(
+            f"""
+            from datetime import timedelta
+            begins = threading.Event()
+
+            async def wait():
+                begins.set()
+                await asyncio.Event().wait()
+
+            defer(wait)
+            loop.run_until_complete(asyncio.to_thread(begins.wait, 10))
+            loop.close()
+            ledger = Ledger()
+            later = timedelta(seconds={delay})
+            defer(ledger.note, options={{"run_after": later}})
+            ledger.wait(1)
+            assert join(10)
+            assert stats()["lost"] == 1, stats()
+            """
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = logged(result, "ERROR")
+    assert "lost in flight" in line
+
+
+def test_a_sync_job_whose_loop_was_closed_is_reported_at_exit():
+    """Fault 32: though its pool serves no more."""
+    result = run_script(
+        SERVING
+        + SERVING_LOOP
+        + textwrap.dedent(
+            """
+            begins = threading.Event()
+
+            def hang():
+                begins.set()
+                threading.Event().wait()
+
+            defer(hang)
+            loop.run_until_complete(asyncio.to_thread(begins.wait, 10))
+            loop.close()
+            defer(print, {"args": ["ran"]})
+            """
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ran\n"
+    (line,) = logged(result, "ERROR")
+    assert "lost in flight" in line
 
 
 @pytest.mark.parametrize(
@@ -6058,8 +6364,8 @@ def test_a_job_that_arrives_as_the_pool_withdraws_runs_elsewhere(ledger, monkeyp
     withdraw = django_simple_task._Pool.withdraw
 
     def defer_and_withdraw(pool):
-        if not isinstance(pool, django_simple_task._Background):
-            defer(ledger.note)
+        monkeypatch.setattr(django_simple_task._Pool, "withdraw", withdraw)
+        defer(ledger.note)
         withdraw(pool)
 
     async def main():
@@ -11015,8 +11321,9 @@ class SimpleQueue(collections.deque):
 
     put = collections.deque.append
 
-    def get(self):
-        self.simulation.block(lambda: self)
+    def get(self, timeout=INFINITY):
+        if not self.simulation.block(lambda: self, timeout):
+            raise queue.Empty
         return self.popleft()
 
 
