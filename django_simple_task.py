@@ -1939,7 +1939,7 @@ class _Process:
         # Ids by alias, the oldest first.
         self.finished: defaultdict[str, deque[str]] = defaultdict(deque)
         self.result_ids: deque[str] = deque()
-        self.watchers: set[Callable[[], None]] = set()
+        self.watchers: dict[Callable[[], None], None] = {}  # in order, unlike a set
         self.requests_seen = False
         self.shares_thread = False
         self.prepared = _Counter()
@@ -1998,11 +1998,11 @@ class _Process:
     @contextlib.contextmanager
     def watching(self, callback: Callable[[], None]) -> Iterator[None]:
         """Have a function called, in whatever thread, when all jobs may have ended."""
-        self.watchers.add(callback)
+        self.watchers[callback] = None
         try:
             yield
         finally:
-            self.watchers.discard(callback)
+            self.watchers.pop(callback, None)
 
     def notify(self) -> None:
         for callback in self.watchers.copy():
