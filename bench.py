@@ -445,7 +445,7 @@ def be_candidate(name: str, loop: str) -> None:
     if loop == "uvloop":
         import uvloop
 
-        asyncio.run(measure(name), loop_factory=uvloop.new_event_loop)
+        uvloop.run(measure(name))
     else:
         asyncio.run(measure(name))
 

@@ -2105,9 +2105,7 @@ class _Process:
         self.exiting = True
         self.drain_backgrounds()  # those that had not been told
         flying = [worker.pool for worker in self.in_flight.copy().values()]
-        for pool in [*self.pools, *flying]:
-            if pool is None:
-                continue  # its caller runs it
+        for pool in [*self.pools, *filter(None, flying)]:
             if pool.loop.is_running() and not pool.thread.daemon:
                 continue  # Python waits for a server in another thread
             pool.withdraw()  # its loop has ended without a shutdown, or will
