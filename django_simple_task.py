@@ -2055,21 +2055,7 @@ class _Process:
         if serving != [background] and self.forget(background):
             background.undo_startup()
             return serving[-1]
-        try:
-            if self.exiting:
-                raise RuntimeError
-            background.startup()
-            background.thread.start()
-        except BaseException as error:  # also a signal handler's
-            if background.thread not in threading.enumerate():  # else it serves
-                self.forget(background)
-                background.undo_startup()
-            if not isinstance(error, RuntimeError):
-                raise
-            raise RuntimeError(
-                "The interpreter is shutting down, or the limit of threads is reached: "
-                "no thread can be started for jobs."
-            ) from error
+        background.start()
         self.pools.append(background)
         background.wake()  # only from now on its scheduled jobs are seen
         if background.closed:  # a lifespan has started meanwhile
@@ -2128,6 +2114,24 @@ class _Background(_Pool):
         )
         self.stopped = False
         self.ended: Future[None] = Future()
+
+    def start(self) -> None:
+        """Start the threads, or leave nothing behind."""
+        try:
+            if _process.exiting:
+                raise RuntimeError
+            self.startup()
+            self.thread.start()
+        except BaseException as error:  # also a signal handler's
+            if self.thread not in threading.enumerate():  # else it serves
+                _process.forget(self)
+                self.undo_startup()
+            if not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(
+                "The interpreter is shutting down, or the limit of threads is reached: "
+                "no thread can be started for jobs."
+            ) from error
 
     def startup(self) -> None:
         super().startup()
