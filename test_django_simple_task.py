@@ -4685,6 +4685,9 @@ class Draining(logging.Handler):
 logging.getLogger("django_simple_task").addHandler(Draining())
 """
 
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="does not apply: no fork here"
+)
 needs_threads_at_exit = pytest.mark.skipif(
     (3, 12) <= sys.version_info < (3, 12, 3),
     reason="does not apply: this Python starts no thread at its end",
@@ -5054,7 +5057,7 @@ FORKS = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
+@needs_fork
 @pytest.mark.parametrize("where", FORKS)
 def test_a_forked_child_starts_empty_and_works(where):
     """
@@ -5100,7 +5103,7 @@ def test_a_job_may_fork_a_child_that_waits_for_jobs_of_its_own():
     ]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
+@needs_fork
 def test_a_process_may_fork_while_a_thread_starts_the_background():
     """Fault 91: its first one, for which the parent prepares itself just now."""
     result = run_script(
@@ -8288,7 +8291,7 @@ def test_results_have_the_fields_of_djangos_class(tasks):
     assert built == result
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
+@needs_fork
 def test_the_ids_of_results_are_random_and_of_one_process(tasks):
     """Fault S9: 128 bits each. A forked child does not give out its parent's."""
     result = run_script(
@@ -11237,12 +11240,11 @@ def set_the_stage(simulation, patch):
     module, process = django_simple_task, type(django_simple_task._process)()
     process.prepared.step()  # it is not there at a fork or at the end
     thread = functools.partial(Thread, simulation)
-    event = functools.partial(Event, simulation)
     simple_queue = functools.partial(SimpleQueue, simulation)
     patch.setattr(module, "_process", process)
     patch.setattr(module, "logger", simulation.logger)
     patch.setattr(module, "monotonic", lambda: simulation.now)
-    patch.setattr(module, "threading", Stage(threading, Thread=thread, Event=event))
+    patch.setattr(module, "threading", Stage(threading, Thread=thread))
     patch.setattr(module, "queue", Stage(queue, SimpleQueue=simple_queue))
     patch.setattr(asyncio, "new_event_loop", functools.partial(Loop, simulation))
     # A set of workers would be in the order of their addresses.
@@ -11286,21 +11288,6 @@ class Thread:
     def can_go_on(self):
         late = self.until <= self.simulation.now
         return self.ready is None or late or bool(self.ready())
-
-
-class Event:
-    def __init__(self, simulation):
-        self.simulation = simulation
-        self.is_set = False
-
-    def set(self):
-        self.is_set = True
-
-    def clear(self):
-        self.is_set = False
-
-    def wait(self, timeout=INFINITY):
-        return self.simulation.block(lambda: self.is_set, timeout)
 
 
 class SimpleQueue(collections.deque):
