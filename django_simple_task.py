@@ -1510,7 +1510,7 @@ class _Worker:
     def run_in_lane(self) -> None:
         """In the lane: run jobs until one belongs on the loop, or none is left."""
         lane = self.lane
-        slice_end = monotonic() + _SLICE
+        slice_end = monotonic() + self.pool.lane_slice
         (job, error, ended), self.carried = self.carried, None
         while job is not None:
             if not ended:
@@ -1598,6 +1598,7 @@ class _Pool:
         self.draining = False
         self.deadline = math.inf
         self.slice_end = 0.0
+        self.lane_slice = _SLICE
         self.timer: asyncio.TimerHandle | None = None
         self.timer_due = math.inf
         # Callbacks would keep the context alive in which the loop was woken.
@@ -1689,6 +1690,8 @@ class _Pool:
     def startup(self) -> None:
         self.workers = [_Worker(self, n) for n in range(1, _setting(_WORKERS) + 1)]
         self.idle.update(self.workers)
+        # The loop waits for one thread after the other: one alone may take longer.
+        self.lane_slice = max(_SLICE, 2 * _SLICE / len(self.workers))
         self.wake()
 
     def dispatch(self) -> None:
