@@ -2776,7 +2776,7 @@ class _TaskResult(TaskResult):
     _kwargs: dict[str, Any]
     _errors: tuple[Any, ...]
     _worker_ids: tuple[str, ...]
-    _returned: Any
+    _returned: Any = None
 
     @functools.cached_property
     def args(self) -> Any:
