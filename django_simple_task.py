@@ -1510,7 +1510,9 @@ class _Worker:
     def run_in_lane(self) -> None:
         """In the lane: run jobs until one belongs on the loop, or none is left."""
         lane = self.lane
-        slice_end = monotonic() + self.pool.lane_slice
+        # The loop waits for one thread after the other: one alone may take longer.
+        alone = len(self.pool.workers) == 1
+        slice_end = monotonic() + (2 * _SLICE if alone else _SLICE)
         (job, error, ended), self.carried = self.carried, None
         while job is not None:
             if not ended:
@@ -1598,7 +1600,6 @@ class _Pool:
         self.draining = False
         self.deadline = math.inf
         self.slice_end = 0.0
-        self.lane_slice = _SLICE
         self.timer: asyncio.TimerHandle | None = None
         self.timer_due = math.inf
         # Callbacks would keep the context alive in which the loop was woken.
@@ -1690,8 +1691,6 @@ class _Pool:
     def startup(self) -> None:
         self.workers = [_Worker(self, n) for n in range(1, _setting(_WORKERS) + 1)]
         self.idle.update(self.workers)
-        # The loop waits for one thread after the other: one alone may take longer.
-        self.lane_slice = max(_SLICE, 2 * _SLICE / len(self.workers))
         self.wake()
 
     def dispatch(self) -> None:
@@ -2703,8 +2702,7 @@ class _TaskJob(_Job):
         self.tell(tasks.signals.task_started, self.snapshot())
 
     def call(self) -> Any:
-        args = [_copy_json(each) for each in self.args]
-        kwargs = {name: _copy_json(each) for name, each in self.kwargs.items()}
+        args, kwargs = _copy_json(self.args), _copy_json(self.kwargs)
         if self.task.takes_context:
             args.insert(0, tasks.base.TaskContext(task_result=self.snapshot()))
         return self.func(*args, **kwargs)
