@@ -2117,6 +2117,14 @@ class _Process:
                 background.drain_at_exit()
 
 
+# asyncio makes its policy with the first loop, under a lock for which a signal handler
+# that defers in that moment would wait for ever. So it is made now, before there is one.
+if sys.version_info < (3, 16):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14
+        asyncio.get_event_loop_policy()
+
+
 class _Background(_Pool):
     """Serves where there is no lifespan: on a loop of its own, in a daemon thread."""
 

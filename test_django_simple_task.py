@@ -3417,10 +3417,32 @@ def test_signal_handlers_may_defer_in_the_middle_of_a_defer():
         assert inside > 0
         assert len(runs) == deferred + handled == stats()["succeeded"], stats()
         """,
-        timeout=90,
+        timeout=3 * HANG,
         DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=0,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_signal_handler_may_defer_while_asyncio_makes_its_policy():
+    """Fault 88: which it does under a lock, as it makes its first loop."""
+    result = run_script(
+        """
+        def within_the_lock(frame, event, arg):
+            if frame.f_code.co_name == "_init_event_loop_policy":
+                if asyncio.events._lock.locked():
+                    signal.raise_signal(signal.SIGTERM)
+                return within_the_lock
+
+        signal.signal(signal.SIGTERM, lambda *_: defer(print, {"args": ["handler"]}))
+        sys.settrace(within_the_lock)
+        defer(print, {"args": ["caller"]})
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGTERM)
+        assert join(60)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    assert {*result.stdout.split()} == {"handler", "caller"}
 
 
 def test_finalizers_and_gc_callbacks_may_defer_in_the_middle_of_a_defer():
@@ -3466,7 +3488,7 @@ def test_finalizers_and_gc_callbacks_may_defer_in_the_middle_of_a_defer():
         assert next(inside) > 0
         assert len(runs) == next(deferred) == stats()["succeeded"], stats()
         """,
-        timeout=90,
+        timeout=3 * HANG,
         DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=0,
     )
     assert result.returncode == 0, result.stderr
@@ -6139,7 +6161,7 @@ def test_each_defer_across_a_shutdown_runs_its_job_or_raises(rounds):
         assert stats()["lost"] == 0
         """.replace("ROUNDS", str(rounds)),
         SERVING,
-        timeout=90 + rounds / 5,
+        timeout=HANG + rounds,
         DJANGO_SIMPLE_TASK_WORKERS=2,
     )
 
@@ -9417,7 +9439,7 @@ def project(tasks, tmp_path):
             cwd=tmp_path,
             env=environment,
             text=True,
-            timeout=120,
+            timeout=3 * HANG,
         )
 
     environment = {
@@ -12448,7 +12470,7 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
             "failed": TOTAL * 3 // 100,
         }
         """,
-        timeout=180,
+        timeout=5 * HANG,
         QUEUE_MAXSIZE=10_000,
         WORKERS=4,
     )
@@ -12491,7 +12513,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(fails, jobs):
         asyncio.run(main())
         assert next(ran) == {jobs}
         """,
-        timeout=180,
+        timeout=5 * HANG,
         QUEUE_MAXSIZE=10_000,
     )
 
@@ -12527,7 +12549,7 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
         started, release = asyncio.Event(), asyncio.Event()
         asyncio.run(main())
         """,
-        timeout=120,
+        timeout=3 * HANG,
     )
 
 
@@ -12565,7 +12587,7 @@ def test_big_arguments_are_freed_with_their_jobs():
         gc.disable()
         asyncio.run(main())
         """,
-        timeout=120,
+        timeout=3 * HANG,
         QUEUE_MAXSIZE=10,
     )
 
@@ -12607,7 +12629,7 @@ def test_ten_thousand_lifespans_leave_nothing_behind():
         asyncio.run(main())
         assert next(ran) == 20_000
         """,
-        timeout=120,
+        timeout=3 * HANG,
         WORKERS=3,
     )
 
@@ -13792,7 +13814,7 @@ def run_as_shop(script, folder):
         cwd=folder,
         env={**os.environ, "PACKAGES": str(TASKS_PACKAGE), "PYTHONPATH": str(HERE)},
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
 
 
