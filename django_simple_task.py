@@ -2116,10 +2116,9 @@ class _Process:
 
 # asyncio makes its policy with the first loop, under a lock for which a signal handler
 # that defers in that moment would wait for ever. So it is made now, before any handler.
-if sys.version_info < (3, 16):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14
-        asyncio.get_event_loop_policy()
+with warnings.catch_warnings(), contextlib.suppress(AttributeError):  # Python 3.16
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14
+    asyncio.get_event_loop_policy()
 
 
 class _Background(_Pool):
