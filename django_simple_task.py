@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import codecs
 import contextlib
 import difflib
 import functools
@@ -210,11 +211,14 @@ def _number_in(value: Any) -> Any:
 
 def _cut(text: str) -> str:
     """Make text of unknown origin fit for a line of a log."""
-    text = text[: _LONGEST_NAME + 1].encode("unicode_escape").decode()
+    text = _escape(text[: _LONGEST_NAME + 1])[0].decode()
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 _LONGEST_NAME = 200
+# Here, as str.encode() imports its codec when it first needs it: in a defer(), perhaps,
+# that a signal handler interrupts to defer, too.
+_escape = codecs.getencoder("unicode_escape")
 
 
 # Exceptions
@@ -266,7 +270,7 @@ def defer(
       `backoff * 2 ** (n - 1)` seconds, give or take 10 %, and one hour at most.
 
     A Task of `django.tasks` may be passed as well: it is enqueued, and "priority" and
-    "run_after" are passed on.
+    "run_after" are passed on. Not from signal handlers and `__del__`: see enqueue().
 
     Raise TypeError or ValueError for what could not be run, QueueFull when the queue is
     full, ImproperlyConfigured when the app or a setting is not in order, and
@@ -2498,7 +2502,8 @@ class SimpleTaskBackend(BaseTaskBackend):
     def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
         """
         Queue a Task and return a snapshot of its TaskResult. Wait for nothing but the
-        receivers of task_enqueued: on an event loop prefer aenqueue().
+        receivers of task_enqueued: on an event loop prefer aenqueue(). Not for signal
+        handlers and `__del__`, since Django's signals take a lock: defer() there.
 
         Raise InvalidTask for a Task that cannot be run here, TypeError or ValueError
         for arguments that JSON cannot hold, and QueueFull when the queue is full and

@@ -3445,6 +3445,32 @@ def test_a_signal_handler_may_defer_while_asyncio_makes_its_policy():
     assert {*result.stdout.split()} == {"handler", "caller"}
 
 
+def test_a_defer_imports_nothing():
+    """Fault 88: what is just being imported is not there for a signal handler."""
+    result = run_script(
+        """
+        logging.getLogger("django_simple_task").setLevel("DEBUG")
+        imported = []
+
+        def hook(event, args):
+            if event == "import" and threading.current_thread() is caller:
+                imported.append(args[0])
+
+        async def ajob():
+            pass
+
+        caller = threading.current_thread()
+        sys.addaudithook(hook)
+        defer(print, {"args": ["ran"]}, options={"run_after": None, "timeout": None})
+        defer(ajob, options={"timeout": 10, "max_attempts": 2})
+        stats()
+        assert join(60)
+        assert not imported, imported
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_finalizers_and_gc_callbacks_may_defer_in_the_middle_of_a_defer():
     """
     Fault 89: garbage collected inside defer() defers, too: no deadlock, and no job is
