@@ -270,7 +270,7 @@ def noting_hand_overs(seen, hand_over):
 
     def wrapper(job):
         where = hand_over(job)
-        if job.state["finished_at"] is None:  # else it took too long, and was lost
+        if not job.snapshot().is_finished:  # else it took too long, and was lost
             seen.append("handed_over")
         return where
 

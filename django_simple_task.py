@@ -79,7 +79,7 @@ from heapq import heappop, heappush
 from importlib import import_module
 from operator import itemgetter
 from threading import get_ident
-from time import monotonic
+from time import monotonic, time
 from types import CoroutineType, FunctionType, SimpleNamespace
 from types import coroutine as awaitable_generator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -775,13 +775,9 @@ def _check_option(name: str, value: Any) -> Any:
         ) from None
 
 
-def _now() -> datetime:
-    """As django.utils.timezone.now(), in a third of the time."""
-    try:
-        aware = _looked_up["USE_TZ"]
-    except KeyError:
-        aware = settings.USE_TZ  # from here on it is there
-    return datetime.now(timezone.utc if aware else None)
+def _datetime(seconds: float) -> datetime:
+    """Return what django.utils.timezone.now() was when time() was that."""
+    return datetime.fromtimestamp(seconds, timezone.utc if settings.USE_TZ else None)
 
 
 def _seconds_until(run_after: Any) -> float | None:
@@ -791,7 +787,7 @@ def _seconds_until(run_after: Any) -> float | None:
         if run_after.utcoffset() is not None:
             run_after -= datetime.now(timezone.utc)
         elif not settings.USE_TZ:
-            run_after -= _now()
+            run_after -= _datetime(time())
         else:
             raise ValueError(
                 'options["run_after"] must be an aware datetime while USE_TZ is True, '
@@ -2467,7 +2463,7 @@ def _defer_task(task: Any, arguments: Any, options: Any) -> None:
         _seconds_until(run_after)  # which refuses what is no time
         if isinstance(run_after, timedelta):
             try:
-                run_after = _now() + run_after
+                run_after = _datetime(time()) + run_after
             except OverflowError:
                 raise ValueError(
                     'options["run_after"] must be before the year 10000.'
@@ -2623,11 +2619,11 @@ class _TaskJob(_Job):
             "task": task,
             "id": _process.new_result_id(),
             "status": tasks.TaskResultStatus.READY,
-            "enqueued_at": _now(),
-            "started_at": None,
-            "finished_at": None,
-            "last_attempted_at": None,
             "backend": backend.alias,
+            "_enqueued": time(),
+            "_started": None,
+            "_finished": None,
+            "_last_attempted": None,
             "_args": args,
             "_kwargs": kwargs,
             "_errors": (),
@@ -2648,7 +2644,7 @@ class _TaskJob(_Job):
 
     def change(self, **changes: Any) -> None:
         state = self.state
-        if state["finished_at"] is None:  # a drain may have lost it just now
+        if state["_finished"] is None:  # a drain may have lost it just now
             state.update(changes)
 
     def tell(
@@ -2705,11 +2701,11 @@ class _TaskJob(_Job):
         await asyncio.wait({asyncio.wrap_future(told)})
 
     def start(self, worker: str) -> None:
-        now = _now()
+        seconds = time()
         self.change(
             status=tasks.TaskResultStatus.RUNNING,
-            started_at=self.state["started_at"] or now,
-            last_attempted_at=now,
+            _started=self.state["_started"] or seconds,
+            _last_attempted=seconds,
             _worker_ids=(*self.state["_worker_ids"], worker),
         )
         self.tell(tasks.signals.task_started, self.snapshot())
@@ -2752,7 +2748,7 @@ class _TaskJob(_Job):
 
     def settle(self, status: Any) -> None:
         # In another dict: whoever changes the one before changes nothing that counts.
-        self.state = {**self.state, "status": status, "finished_at": _now()}
+        self.state = {**self.state, "status": status, "_finished": time()}
         self.context = _NO_CONTEXT  # or it would be kept for as long as the result
         finished = _process.finished[self.backend.alias]
         finished.append(self.id)
@@ -2771,47 +2767,6 @@ class _TaskJob(_Job):
         task = self.moved_task()
         result = task.enqueue(*self.args, **self.kwargs)
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
-
-
-class _TaskResult(TaskResult):
-    """
-    A snapshot of a Task. What its reader might change is copied for it when it is first
-    looked at: three snapshots are made of each Task, and mostly nobody looks.
-    """
-
-    # In the instance's dict, which is filled in one step, not in Django's slots.
-    task = id = status = backend = None
-    enqueued_at = started_at = finished_at = last_attempted_at = None
-    # What never changes, and is shared.
-    _args: list[Any]
-    _kwargs: dict[str, Any]
-    _errors: tuple[Any, ...]
-    _worker_ids: tuple[str, ...]
-    _returned: Any = None
-
-    @functools.cached_property
-    def args(self) -> Any:
-        return _copy_json(self._args)
-
-    @functools.cached_property
-    def kwargs(self) -> Any:
-        return _copy_json(self._kwargs)
-
-    @functools.cached_property
-    def errors(self) -> list[Any]:
-        return [*self._errors]
-
-    @functools.cached_property
-    def worker_ids(self) -> list[str]:
-        return [*self._worker_ids]
-
-    @functools.cached_property
-    def _return_value(self) -> Any:
-        return _copy_json(self._returned)
-
-
-_NOT_DELIVERED = "A signal of a Task was not delivered."
-_NO_CONTEXT = Context()
 
 
 def _copy_json(value: Any, depth: int = 0) -> Any:
@@ -2834,6 +2789,41 @@ def _copy_json(value: Any, depth: int = 0) -> Any:
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 # Python's stack bears a thousand calls, of which the readers of a result need some.
 _DEEPEST = 200
+
+
+def _when_looked_at(name: str, make: Callable[[Any], Any]) -> Any:
+    """Describe a field that is made of what the snapshot has under another name."""
+
+    def look(result: Any) -> Any:
+        value = vars(result).get(name)
+        return None if value is None else make(value)
+
+    return functools.cached_property(look)
+
+
+class _TaskResult(TaskResult):
+    """
+    A snapshot of a Task. What its reader might change is copied for it when it is first
+    looked at, and times are made then: three snapshots are made of each Task, and
+    mostly nobody looks.
+    """
+
+    # In the instance's dict, which is filled in one step, not in Django's slots; so are
+    # those from which the others are made, which never change, and are shared.
+    task = id = status = backend = None
+    enqueued_at = _when_looked_at("_enqueued", _datetime)
+    started_at = _when_looked_at("_started", _datetime)
+    finished_at = _when_looked_at("_finished", _datetime)
+    last_attempted_at = _when_looked_at("_last_attempted", _datetime)
+    args = _when_looked_at("_args", _copy_json)
+    kwargs = _when_looked_at("_kwargs", _copy_json)
+    errors = _when_looked_at("_errors", list)
+    worker_ids = _when_looked_at("_worker_ids", list)
+    _return_value = _when_looked_at("_returned", _copy_json)
+
+
+_NOT_DELIVERED = "A signal of a Task was not delivered."
+_NO_CONTEXT = Context()
 
 
 def _check_backend(backend: SimpleTaskBackend) -> Iterator[checks.CheckMessage]:
