@@ -7988,6 +7988,17 @@ def test_a_result_tells_when_and_where_the_task_ran(function, server):
     assert result.is_finished
 
 
+@pytest.mark.parametrize("use_tz", [True, False])
+def test_the_times_of_a_result_are_those_of_django(server, use_tz):
+    """Aware ones with USE_TZ, else local ones: others could not be compared."""
+    with override_settings(USE_TZ=use_tz):
+        before = timezone.now()
+        result = done(add.enqueue(1))
+        after = timezone.now()
+        assert before <= result.enqueued_at <= result.started_at
+        assert result.started_at <= result.finished_at <= after
+
+
 def test_results_cannot_be_guessed(server):
     """
     Fault S9: an id has at least 128 random bits, and is no longer than Django allows.
