@@ -6187,7 +6187,7 @@ def test_each_defer_across_a_shutdown_runs_its_job_or_raises(rounds):
         assert stats()["lost"] == 0
         """.replace("ROUNDS", str(rounds)),
         SERVING,
-        timeout=HANG + rounds,
+        timeout=HANG + rounds / 2,
         DJANGO_SIMPLE_TASK_WORKERS=2,
     )
 
@@ -13140,7 +13140,7 @@ def release_0_1_2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release-0.1.2")
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     pip += ["-q", "--no-deps", "--target", str(folder), "django-simple-task==0.1.2"]
-    subprocess.run(pip, check=True, capture_output=True, timeout=10 * HANG)
+    subprocess.run(pip, check=True, capture_output=True, timeout=5 * HANG)
     return folder
 
 
