@@ -8153,6 +8153,45 @@ def test_a_task_of_another_alias_is_validated_when_it_is_enqueued(server):
     assert since(before) == {}
 
 
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: add_async, {"supports_async_task": False}),
+        (lambda: add.using(priority=1), {"supports_priority": False}),
+        (lambda: add.using(queue_name="low"), {"queues": {"default"}}),
+    ],
+    ids=["async", "priority", "queue"],
+)
+def test_a_task_that_was_valid_once_need_not_stay_so(make, change, server):
+    """Fault 14: what a backend takes may change, in tests; the next call knows."""
+    one = make()
+    done(one.enqueue(1))
+    before = stats()
+    with mock.patch.multiple(task_backends["default"], **change):
+        with pytest.raises(InvalidTask):
+            one.enqueue(1)
+    assert since(before) == {}
+    assert done(one.enqueue(1)).return_value == 2
+
+
+def test_a_naive_time_is_refused_once_there_are_time_zones(server):
+    """Fault 14: USE_TZ may change, in tests."""
+    with override_settings(USE_TZ=False):
+        later = add.using(run_after=datetime.datetime(2000, 1, 1))
+        assert done(later.enqueue(1)).return_value == 2
+    before = stats()
+    with pytest.raises(InvalidTask):
+        later.enqueue(1)
+    assert since(before) == {}
+
+
+def test_tasks_made_for_one_call_do_not_pile_up(tasks):
+    """A project may call using() each time: what it makes is not kept for ever."""
+    for number in range(10_000):
+        add.using(priority=number % 100)
+    assert sum(type(each) is type(add) for each in gc.get_objects()) < 5000
+
+
 @pytest.mark.parametrize("function", [add, add_async], ids=["sync", "async"])
 def test_each_signal_is_sent_once(function, enqueue):
     """In order, with the backend's class as sender, and the result as it was then."""
