@@ -2497,8 +2497,7 @@ class SimpleTaskBackend(BaseTaskBackend):
 
     def validate_task(self, task: Any) -> None:
         """Raise InvalidTask for a Task that cannot be run here."""
-        flags = (self.supports_async_task, self.supports_priority)
-        found = (task, self.queues, flags)
+        found = (task, self.queues, self.supports_async_task, self.supports_priority)
         if _valid_tasks.get(id(task)) == found:
             return
         super().validate_task(task)
