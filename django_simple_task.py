@@ -595,8 +595,6 @@ class _Job:
 
     def call_on_loop(self) -> Any:
         """Return what is to be awaited on the loop."""
-        if self.options is _NO_OPTIONS and self.coroutine is None:
-            return self.call()
         if self.options.thread_sensitive and self.coroutine is None:
             return _in_shared_thread(self)
         coroutine, self.coroutine = self.coroutine or self.call(), None
@@ -1447,7 +1445,10 @@ class _Worker:
                 if len(job.context):
                     _leave_request(job.context)
                 _thread_sensitive_context.set(self.sensitive)
-                coroutine = job.call_on_loop()
+                if job.options is _NO_OPTIONS and job.coroutine is None:
+                    coroutine = job.call()  # spares a call for nearly all jobs
+                else:
+                    coroutine = job.call_on_loop()
                 if type(coroutine) is not CoroutineType:
                     coroutine = _awaiting(coroutine)
                 value = yield from coroutine
