@@ -2658,7 +2658,7 @@ class _TaskJob(_Job):
         """Return a TaskResult that shares nothing that changes, with us or another."""
         # Not by the constructor, which takes no return value and ten times as long.
         result = object.__new__(_TaskResult)
-        _fill(result, self.state.copy())
+        object.__setattr__(result, "__dict__", self.state.copy())
         return result
 
     def change(self, **changes: Any) -> None:
@@ -2768,9 +2768,7 @@ class _TaskJob(_Job):
 
     def settle(self, status: Any) -> None:
         # In another dict: whoever changes the one before changes nothing that counts.
-        state = self.state.copy()
-        state["status"], state["_finished"] = status, time()
-        self.state = state
+        self.state = {**self.state, "status": status, "_finished": time()}
         self.context = _NO_CONTEXT  # or it would be kept for as long as the result
         finished = _process.finished[self.backend.alias]
         finished.append(self.id)
@@ -2843,11 +2841,6 @@ class _TaskResult(TaskResult):
     worker_ids = _when_looked_at("_worker_ids", list)
     _return_value = _when_looked_at("_returned", _copy_json)
 
-
-# Fills a snapshot, in half the time that object.__setattr__() takes.
-_fill = next(
-    vars(each)["__dict__"] for each in _TaskResult.__mro__ if "__dict__" in vars(each)
-).__set__
 
 _NOT_DELIVERED = "A signal of a Task was not delivered."
 _NO_CONTEXT = Context()
