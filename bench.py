@@ -1,18 +1,37 @@
 """
-Measure how fast this is, beside bare asyncio, a bare thread pool and others: python bench.py
+Measure django_simple_task beside bare tools and other libraries: python bench.py
 
-Every figure is a ratio of one run on one machine. The candidate and its rival live in a
-process each; they work in turn, round by round, and the median of the rounds counts. What is
-measured has all switched on: the lifespan, contexts, connections, accounts, default logging.
+Jobs per second are the machine's, so what counts are ratios: ours to a rival's, which
+takes turns with it in the same run. For most of them the project promises a bar. The
+jobs do nothing, one worker runs them, and all that a project has is switched on: the
+lifespan, contexts, connections, accounts, default logging.
 
-    python bench.py                    the table; exit status 1 where a bar is missed
-    python bench.py --quick            a short form, that never fails
-    python bench.py --peers --scale    other libraries; the cost of a long queue
-    python bench.py --plot bench.svg   draw it
-    python bench.py --loop uvloop      on another event loop
+The rows stand in the order in which one asks:
 
-The extra `bench` installs the rivals. Release 0.1.2 is fetched by pip into a folder of its
-own, because it has the same name.
+1. What does a job cost, from defer() to its end? Coroutine and sync functions, from
+   the loop and from a thread, beside what one would use instead: bare asyncio, a bare
+   thread pool, aiojobs, release 0.1.2.
+2. What does defer() itself take of its caller's CPU time?
+3. What does a Task cost, beside other backends that run it in the process?
+4. What do many jobs at once do: the bytes that a waiting one takes, the longest that
+   they hold up the loop, and whether one costs more because a million others wait?
+5. What does a visitor notice? Requests to a view that defers a job, beside the same
+   view without it.
+
+Each side of a row has a process of its own. All start three times; each time the first
+turn warms them up, and the next five count. A view with and without its job shares a
+server, and takes nine turns. Printed are the median, and the spread without the outer
+tenths. All rows together take about five minutes.
+
+    python bench.py                             all; status 1 where a bar is missed
+    python bench.py --quick                     a taste of all, which never fails
+    python bench.py --only "sync jobs" Tasks    rows with these words in their names
+    python bench.py --plot bench.svg            draw the ratios, too
+    python bench.py --loop uvloop               on another event loop
+
+The module measured is the one on PYTHONPATH, or else the one beside this file. The
+extra `bench` installs the rivals; pip fetches release 0.1.2, which has our name, into a
+folder of its own.
 """
 
 from __future__ import annotations
@@ -21,84 +40,69 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import importlib
-import json
+import importlib.util
+import itertools
+import math
+import operator
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+import types
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A ratio, candidate to rival; without a rival, what the candidate measures itself."""
-
     name: str
-    bar: float
-    candidate: str
-    jobs: int
-    rival: str | None = None
-    rival_jobs: int = 0
-    at_most: bool = False
+    unit: str
+    kind: str  # of the jobs
+    place: str  # where they are handed over
+    bars: dict[str, float | None]  # for the ratio to each rival
+    jobs: int = 100_000
 
 
-# What is at stake: the ratios that the contract promises.
+ALONE = ""  # in a rival's place: the bar is for our own figure
+AT_MOST = {"bytes", "ms", "µs"}  # the bars of these are not to be exceeded
+ON_LOOP = {"create_task": 1, "aiojobs": None, "release 0.1.2": None}  # None: no bar
+FROM_THREAD = {"call_soon_threadsafe(create_task)": 2.5}
+POOL = {"ThreadPoolExecutor": 1.5, "release 0.1.2": 20}
+CALL = {"call_soon_threadsafe": 3}
+BACKENDS = {"django-tasks-local": 1, "ImmediateBackend": 1.2}
+FEW = {"1,000 waiting": 1.25}
+VIEW = {"the view alone": 0.95}
 ROWS = [
-    Row("coroutine, on the loop", 1.4, "defer-async-loop", 10**5, "create_task", 10**5),
-    Row(
-        "coroutine, from a thread", 3, "defer-async-thread", 10**5, "threadsafe", 20_000
-    ),
-    Row("sync, from the loop", 2, "defer-sync-loop", 10**5, "submit-loop", 50_000),
-    Row("sync, from the loop", 35, "defer-sync-loop", 10**5, "0.1.2-sync-loop", 2_000),
-    Row(
-        "sync, from a thread", 2.3, "defer-sync-thread", 10**5, "submit-thread", 50_000
-    ),
-    Row(
-        "sync, from a thread",
-        35,
-        "defer-sync-thread",
-        10**5,
-        "0.1.2-sync-thread",
-        2_000,
-    ),
-    Row("defer(), CPU of the caller", 4, "defer-cpu", 10**5, "threadsafe-cpu", 50_000),
-    Row("Task, enqueue to done", 1.2, "task-ours", 5_000, "task-local", 5_000),
-    Row("Task, enqueue to done", 1.2, "task-ours", 5_000, "task-immediate", 5_000),
-    Row("bytes per waiting job", 320, "memory", 10**5, at_most=True),
-    Row("longest stall, coroutines, ms", 15, "stall-async", 10**5, at_most=True),
-    Row("longest stall, sync, ms", 15, "stall-sync", 10**5, at_most=True),
-    Row("async view, requests/s", 0.95, "/async/defer", 0, "/async/plain"),
-    Row("sync view, requests/s", 0.95, "/sync/defer", 0, "/sync/plain"),
-    Row(
-        "cost of 10^6 jobs : 10^3, µs", 1.5, "cost", 10**6, "cost", 10**3, at_most=True
-    ),
+    Row("coroutine jobs, on the loop", "jobs/s", "coroutine", "loop", ON_LOOP),
+    Row("coroutine jobs, from a thread", "jobs/s", "coroutine", "thread", FROM_THREAD),
+    Row("sync jobs, on the loop", "jobs/s", "sync", "loop", POOL),
+    Row("sync jobs, from a thread", "jobs/s", "sync", "thread", POOL),
+    Row("defer() itself", "calls/s", "coroutine", "thread", CALL),
+    Row("Tasks, from a thread", "jobs/s", "task", "thread", BACKENDS, 5_000),
+    Row("memory of a waiting job", "bytes", "coroutine", "loop", {ALONE: 256}),
+    Row("longest stall, coroutine jobs", "ms", "coroutine", "loop", {ALONE: 5}),
+    Row("longest stall, sync jobs", "ms", "sync", "loop", {ALONE: 5}),
+    Row("1,000,000 waiting", "µs", "coroutine", "loop", FEW, 1_000_000),
+    Row("async view that defers", "requests/s", "coroutine", "loop", VIEW),
+    Row("sync view that defers", "requests/s", "sync", "thread", VIEW),
 ]
-
-PEERS = [
-    ("coroutine, on the loop", "jobs/s", 10_000),
-    (
-        "defer-async-loop",
-        "create_task",
-        "0.1.2-async-loop",
-        "starlette-async",
-        "aiojobs",
-    ),
-    ("sync, from the loop", "jobs/s", 2_000),
-    ("defer-sync-loop", "submit-loop", "0.1.2-sync-loop", "starlette-sync"),
-    ("Task, enqueue to done, from a thread", "Tasks/s", 2_000),
-    ("task-ours", "task-local", "task-immediate"),
-]
-SCALE = [10**3, 10**4, 10**5, 10**6]
+JOBS_OF_RIVALS = {  # about as many as take as long as ours
+    "release 0.1.2": 2_000,
+    "1,000 waiting": 1_000,
+    "aiojobs": 20_000,
+    "call_soon_threadsafe": 50_000,
+    "call_soon_threadsafe(create_task)": 20_000,
+    "ThreadPoolExecutor": 50_000,
+}
 
 
-# In a candidate's process: what is measured
+# In the process of one side: jobs, and what they are given to
+
+clock: Any = types.SimpleNamespace()  # from the first job handed over to the last end
 
 
 def noop() -> None:
@@ -109,148 +113,110 @@ async def anoop() -> None:
     pass
 
 
-class Clock:
-    """From the first job handed over to the last one run."""
-
-    started = 0.0
-    ended = 0.0
-    over = threading.Event()
-    tell: Callable[[], Any] = over.set
-
-
 def finish() -> None:
-    Clock.ended = time.perf_counter()
-    Clock.over.set()
-    Clock.tell()
+    clock.ended = time.perf_counter()
+    clock.loop.call_soon_threadsafe(clock.over.set)
 
 
 async def afinish() -> None:
     finish()
 
 
-def hand_over(
-    put_all: Callable[[int], None], put_last: Callable[[], Any], n: int
-) -> None:
-    Clock.over.clear()
-    Clock.started = time.perf_counter()
-    put_all(n - 1)
-    put_last()
+class Side(NamedTuple):
+    """What takes jobs, and the jobs: functions or, `called`, coroutines."""
+
+    give: Any
+    job: Any
+    last: Any
+    place: str
+    called: bool = False
+
+    def hand_over(self, n: int) -> None:
+        jobs, last, give = itertools.repeat(self.job, n - 1), self.last, self.give
+        if self.called:
+            jobs, last = map(operator.call, jobs), last()
+        clock.over = asyncio.Event()
+        clock.started, cpu = time.perf_counter(), time.thread_time()
+        for job in jobs:
+            give(job)
+        clock.cpu = time.thread_time() - cpu
+        give(last)
+
+    async def run(self, n: int) -> float:
+        """Hand over n jobs; return how many seconds passed until the last one ended."""
+        if self.place == "thread":
+            await asyncio.to_thread(self.hand_over, n)
+        else:
+            self.hand_over(n)
+        await clock.over.wait()
+        return clock.ended - clock.started
 
 
-async def rate(put_all: Any, put_last: Any, n: int, *, thread: bool = False) -> float:
-    """Return how many of n jobs were done in a second, handed over here or in a thread."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-    Clock.tell = functools.partial(loop.call_soon_threadsafe, done.set)
-    if thread:
-        args = (put_all, put_last, n)
-        caller = threading.Thread(target=hand_over, args=args)
-        caller.start()
-        await done.wait()
-        caller.join()
-    else:
-        hand_over(put_all, put_last, n)
-        await done.wait()
-    return n / (Clock.ended - Clock.started)
+class AiojobsSide(Side):
+    async def run(self, n: int) -> float:
+        from aiojobs import Scheduler
+
+        clock.over = asyncio.Event()
+        async with Scheduler(limit=1, pending_limit=0) as scheduler:
+            clock.started = time.perf_counter()
+            for _ in range(n - 1):
+                await scheduler.spawn(self.job())
+            await scheduler.spawn(self.last())
+            await clock.over.wait()
+        return clock.ended - clock.started
 
 
-def deferring(job: Any, last: Any) -> tuple[Any, Any]:
-    from django_simple_task import defer
+def side(tool: str, kind: str, place: str) -> Side:
+    loop = clock.loop = asyncio.get_running_loop()
+    if kind == "task":
+        from django.tasks import task
 
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            defer(job)
-
-    return put_all, functools.partial(defer, last)
-
-
-def creating_tasks() -> tuple[Any, Any]:
-    loop = asyncio.get_running_loop()
-
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            loop.create_task(anoop())
-
-    return put_all, lambda: loop.create_task(afinish())
-
-
-def creating_tasks_threadsafe() -> tuple[Any, Any]:
-    loop = asyncio.get_running_loop()
-
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            loop.call_soon_threadsafe(loop.create_task, anoop())
-
-    return put_all, lambda: loop.call_soon_threadsafe(loop.create_task, afinish())
+        enqueue = operator.methodcaller("enqueue")
+        return Side(enqueue, task(noop), task(finish), place)
+    jobs = (anoop, afinish) if kind == "coroutine" else (noop, finish)
+    match tool:
+        case "aiojobs":
+            return AiojobsSide(None, *jobs, place)
+        case "create_task":
+            return Side(loop.create_task, *jobs, place, called=True)
+        case "call_soon_threadsafe(create_task)":
+            give = functools.partial(loop.call_soon_threadsafe, loop.create_task)
+            return Side(give, *jobs, place, called=True)
+        case "call_soon_threadsafe":
+            return Side(loop.call_soon_threadsafe, noop, finish, place)
+        case "ThreadPoolExecutor":
+            return Side(ThreadPoolExecutor(1).submit, *jobs, place)
+    return Side(importlib.import_module("django_simple_task").defer, *jobs, place)
 
 
-def submitting() -> tuple[Any, Any]:
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            executor.submit(noop)
-
-    executor = one_thread()
-    return put_all, functools.partial(executor.submit, finish)
+# In the process of one side: what is measured
 
 
-@functools.cache
-def one_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1)
+async def rate(side: Side, n: int) -> float:
+    return n / await side.run(n)
 
 
-def enqueuing() -> tuple[Any, Any]:
-    from django.tasks import task
-
-    noop_task, finish_task = task(noop), task(finish)
-
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            noop_task.enqueue()
-
-    return put_all, finish_task.enqueue
+async def calls(side: Side, n: int) -> float:
+    """Return how many calls the thread makes in a second of its CPU time."""
+    await side.run(n)
+    return n / clock.cpu
 
 
-async def cpu_of_caller(n: int, *, ours: bool) -> float:
-    """Return how many calls a thread makes in a second of its CPU time."""
-    loop = asyncio.get_running_loop()
-    if ours:
-        put_all, put_last = deferring(anoop, afinish)
-    else:
-
-        def put_all(n: int) -> None:
-            for _ in range(n):
-                loop.call_soon_threadsafe(noop)
-
-        put_last = functools.partial(loop.call_soon_threadsafe, finish)
-    seconds = 0.0
-
-    def put_all_timed(n: int) -> None:
-        nonlocal seconds
-        started = time.thread_time()
-        put_all(n)
-        seconds = time.thread_time() - started
-
-    await rate(put_all_timed, put_last, n, thread=True)
-    return n / seconds
-
-
-async def memory(n: int) -> float:
+async def memory(side: Side, n: int) -> float:
     """Return the bytes that a waiting job takes."""
-    put_all, put_last = deferring(anoop, afinish)
-    await rate(put_all, put_last, 100)
+    await side.run(100)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    put_all(n)  # on the loop: nothing runs meanwhile
+    side.hand_over(n)  # on the loop: nothing runs meanwhile
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    await rate(put_all, put_last, 1)
+    await clock.over.wait()
     return (after - before) / n
 
 
-async def stall(job: Any, last: Any, n: int) -> float:
-    """Return the milliseconds by which a ticker was late at most while jobs were run."""
-    put_all, put_last = deferring(job, last)
-    running = asyncio.ensure_future(rate(put_all, put_last, n))
+async def stall(side: Side, n: int) -> float:
+    """Return by how many milliseconds a ticker was late at most while jobs were run."""
+    running = asyncio.ensure_future(side.run(n))
     await asyncio.sleep(0)  # all are handed over then
     latest, tick = 0.0, 0.001
     while not running.done():
@@ -260,51 +226,30 @@ async def stall(job: Any, last: Any, n: int) -> float:
     return latest * 1000
 
 
-async def cost(n: int) -> float:
-    """Return the microseconds from handing over a job to its end, with n of them waiting."""
-    put_all, put_last = deferring(anoop, afinish)
-    rounds = max(1, 20_000 // n)
-    return statistics.fmean(
-        [1e6 / await rate(put_all, put_last, n) for _ in range(rounds)]
-    )
+async def cost(side: Side, n: int) -> float:
+    """Return the microseconds that a job takes, with n of them waiting at first."""
+    runs = max(1, 20_000 // n)
+    return statistics.fmean([await side.run(n) / n * 1e6 for _ in range(runs)])
 
 
-async def starlette(job: Any, last: Any, n: int) -> float:
-    from starlette.background import BackgroundTasks
-
-    background = BackgroundTasks()
-
-    def put_all(n: int) -> None:
-        for _ in range(n):
-            background.add_task(job)
-
-    def put_last() -> None:
-        background.add_task(last)
-        running.append(asyncio.ensure_future(background()))
-
-    running: list[Any] = []
-    return await rate(put_all, put_last, n)
-
-
-async def aiojobs(n: int) -> float:
-    from aiojobs import Scheduler
-
-    async with Scheduler(limit=1, pending_limit=0) as scheduler:
-        Clock.started = time.perf_counter()
-        for _ in range(n - 1):
-            await scheduler.spawn(anoop())
-        last = await scheduler.spawn(afinish())
-        await last.wait()
-        return n / (Clock.ended - Clock.started)
-
-
-async def serve(_: int) -> int:
-    """Serve views with uvicorn, and return the port."""
+async def serve(side: Side, _: int) -> float:
+    """Serve a view that gives as many jobs as its path says; return the port."""
     import uvicorn
     from django.core.asgi import get_asgi_application
+    from django.http import HttpResponse
+    from django.urls import path
 
     from django_simple_task import django_simple_task_middleware
 
+    def view(request: Any, jobs: int) -> HttpResponse:
+        for _ in range(jobs):
+            side.give(side.job)
+        return HttpResponse(b"ok", headers={"Content-Length": "2"})
+
+    async def async_view(request: Any, jobs: int) -> HttpResponse:
+        return view(request, jobs)
+
+    urlpatterns.append(path("<int:jobs>", async_view if side.job is anoop else view))
     application = django_simple_task_middleware(get_asgi_application())
     config = uvicorn.Config(application, port=0, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
@@ -314,410 +259,241 @@ async def serve(_: int) -> int:
     return server.servers[0].sockets[0].getsockname()[1]
 
 
-serving: list[Any] = []  # or nothing would hold the task
+serving: list[Any] = []  # what nothing else holds
 urlpatterns: list[Any] = []
-
-
-def route_views() -> None:
-    from django.http import HttpResponse
-    from django.urls import path
-
-    from django_simple_task import defer
-
-    def ok() -> HttpResponse:
-        return HttpResponse(b"ok", headers={"Content-Length": "2"})
-
-    def plain(request: Any) -> HttpResponse:
-        return ok()
-
-    def deferring(request: Any) -> HttpResponse:
-        defer(noop)
-        return ok()
-
-    async def plain_async(request: Any) -> HttpResponse:
-        return ok()
-
-    async def deferring_async(request: Any) -> HttpResponse:
-        defer(anoop)
-        return ok()
-
-    urlpatterns[:] = [
-        path("sync/plain", plain),
-        path("sync/defer", deferring),
-        path("async/plain", plain_async),
-        path("async/defer", deferring_async),
-    ]
-
-
-CANDIDATES: dict[str, Callable[[int], Any]] = {
-    "defer-async-loop": lambda n: rate(*deferring(anoop, afinish), n),
-    "defer-async-thread": lambda n: rate(*deferring(anoop, afinish), n, thread=True),
-    "defer-sync-loop": lambda n: rate(*deferring(noop, finish), n),
-    "defer-sync-thread": lambda n: rate(*deferring(noop, finish), n, thread=True),
-    "defer-cpu": lambda n: cpu_of_caller(n, ours=True),
-    "create_task": lambda n: rate(*creating_tasks(), n),
-    "threadsafe": lambda n: rate(*creating_tasks_threadsafe(), n, thread=True),
-    "threadsafe-cpu": lambda n: cpu_of_caller(n, ours=False),
-    "submit-loop": lambda n: rate(*submitting(), n),
-    "submit-thread": lambda n: rate(*submitting(), n, thread=True),
-    "0.1.2-async-loop": lambda n: rate(*deferring(anoop, afinish), n),
-    "0.1.2-sync-loop": lambda n: rate(*deferring(noop, finish), n),
-    "0.1.2-sync-thread": lambda n: rate(*deferring(noop, finish), n, thread=True),
-    "task-ours": lambda n: rate(*enqueuing(), n, thread=True),
-    "task-local": lambda n: rate(*enqueuing(), n, thread=True),
-    "task-immediate": lambda n: rate(*enqueuing(), n, thread=True),
-    "memory": memory,
-    "stall-async": lambda n: stall(anoop, afinish, n),
-    "stall-sync": lambda n: stall(noop, finish, n),
-    "cost": cost,
-    "starlette-async": lambda n: starlette(anoop, afinish, n),
-    "starlette-sync": lambda n: starlette(noop, finish, n),
-    "aiojobs": aiojobs,
-    "serve": serve,
-}
-TASK_BACKENDS = {
-    "task-ours": {"BACKEND": "django_simple_task.SimpleTaskBackend"},
-    "task-local": {
-        "BACKEND": "django_tasks_local.ThreadPoolBackend",
-        "OPTIONS": {"MAX_WORKERS": 1},
-    },
-    "task-immediate": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+MEASURES: dict[str, Callable[[Side, int], Awaitable[float]]] = {
+    "jobs/s": rate,
+    "calls/s": calls,
+    "bytes": memory,
+    "ms": stall,
+    "µs": cost,
+    "requests/s": serve,
 }
 
 
-def set_up(name: str) -> None:
+def set_up(tool: str) -> None:
     import django
     from django.conf import settings
 
+    tasks: dict[str, Any] = {"BACKEND": "django_simple_task.SimpleTaskBackend"}
+    if tool == "ImmediateBackend":
+        tasks = {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"}
+    elif tool == "django-tasks-local":
+        tasks = {"BACKEND": "django_tasks_local.ThreadPoolBackend"}
+        tasks["OPTIONS"] = {"MAX_WORKERS": 1}
     settings.configure(
         ALLOWED_HOSTS=["*"],
-        DATABASES={
-            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
-        },
         DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=0,
         DJANGO_SIMPLE_TASK_WORKERS=1,
         INSTALLED_APPS=["django_simple_task"],
         ROOT_URLCONF=__name__,
-        TASKS={"default": TASK_BACKENDS.get(name, TASK_BACKENDS["task-ours"])},
-        USE_TZ=True,
+        TASKS={"default": tasks},
     )
     django.setup()
 
 
-@contextlib.asynccontextmanager
-async def lifespan() -> Any:
-    """Be the server: drive the middleware from startup to shutdown."""
-    module = importlib.import_module("django_simple_task")
-    wrap = getattr(module, "django_simple_task_middleware", None)
-    if wrap is None:  # release 0.1.2
-        wrap = module.django_simple_task_middlware
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise ValueError("There is no lifespan.")
-
-    async def send(message: Any) -> None:
-        answered.set()
-
-    answered, messages = asyncio.Event(), asyncio.Queue()
-    running = asyncio.ensure_future(wrap(app)({"type": "lifespan"}, messages.get, send))
-    messages.put_nowait({"type": "lifespan.startup"})
-    await answered.wait()
-    yield
-    messages.put_nowait({"type": "lifespan.shutdown"})
-    await running
-
-
-async def measure(name: str) -> None:
-    """For each number of jobs that comes in, give out what was measured."""
+async def be_side(row: Row, tool: str) -> None:
+    """For each number of jobs that comes in, write what was measured."""
+    if tool in ("ours", "release 0.1.2", "1,000 waiting"):
+        await startup("middlware" if tool == "release 0.1.2" else "middleware")
+    measured = side(tool, row.kind, row.place)
     loop = asyncio.get_running_loop()
-    alone = name in ("serve", "create_task", "task-local", "task-immediate")
-    async with contextlib.nullcontext() if alone else lifespan():
-        while line := await loop.run_in_executor(None, sys.stdin.readline):
-            value = await CANDIDATES[name](int(line))
-            print(json.dumps({"candidate": name, "value": value}), flush=True)
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        print(await MEASURES[row.unit](measured, int(line)), flush=True)
     os._exit(0)  # whatever a rival leaves behind
 
 
-def be_candidate(name: str, loop: str) -> None:
-    set_up(name)
-    if name == "serve":
-        route_views()
-    if loop == "uvloop":
-        import uvloop
+async def startup(suffix: str) -> None:
+    """Be the server: have the workers started."""
+    from asgiref.testing import ApplicationCommunicator
+    from django.core.asgi import get_asgi_application
 
-        uvloop.run(measure(name))
-    else:
-        asyncio.run(measure(name))
+    module = importlib.import_module("django_simple_task")
+    if suffix == "middlware" and hasattr(module, "stats"):
+        sys.exit("pip could not fetch release 0.1.2.")
+    wrap = getattr(module, f"django_simple_task_{suffix}")
+    app = ApplicationCommunicator(wrap(get_asgi_application()), {"type": "lifespan"})
+    serving.append(app)
+    await app.send_input({"type": "lifespan.startup"})
+    await app.receive_output(60)
 
 
 # In the parent: taking turns
 
 
-class Candidate:
-    """A process that measures when asked."""
-
-    def __init__(self, name: str, context: Context) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--loop",
-            context.loop,
-            "--candidate",
-            name,
-        ]
-        if name.startswith("0.1.2"):
-            command += ["--path", context.old_release()]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-    def measure(self, jobs: int) -> float:
-        print(jobs, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise NotMeasured("its process ended")
-        return json.loads(line)["value"]
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
+@functools.cache
+def old_release() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    subprocess.run([*pip, folder.name, "django-simple-task==0.1.2"])
+    return folder
 
 
-class NotMeasured(Exception):
-    pass
+@contextlib.contextmanager
+def process(row: Row, tool: str, loop: str) -> Iterator[Callable[[int], float]]:
+    """Start the process of a side; give what has it measure n jobs: NaN if it ended."""
+    command = [sys.executable, __file__, "--loop", loop, "--side", row.name, tool]
+    environ, pipe = dict(os.environ), subprocess.PIPE
+    if tool == "release 0.1.2":
+        environ["PYTHONPATH"] = old_release().name
+    child = subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True)
+
+    def measure(n: int) -> float:
+        with contextlib.suppress(BrokenPipeError):
+            print(n, file=child.stdin, flush=True)
+        return float(child.stdout.readline() or "nan")
+
+    with contextlib.suppress(BrokenPipeError), child:
+        yield measure
 
 
-class Context:
-    """How much to measure, on which loop; and where release 0.1.2 is."""
-
-    def __init__(self, loop: str, quick: bool, folder: str) -> None:
-        self.loop = loop
-        self.quick = quick
-        self.folder = folder
-        # Fresh pairs of processes, and turns that each pair takes.
-        self.pairs, self.turns = (1, 3) if quick else (3, 5)
-        self.divisor = 10 if quick else 1
-
-    @functools.cache
-    def old_release(self) -> str:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
-        pip += [self.folder, "django-simple-task==0.1.2"]
-        if subprocess.run(pip, capture_output=True).returncode:
-            raise NotMeasured("pip could not fetch release 0.1.2")
-        return self.folder
-
-    def take_turns(self, *sides: tuple[str, int]) -> list[list[float]]:
-        """Return what each candidate measured, turn by turn; the first turns warm up."""
-        figures: list[list[float]] = [[] for _ in sides]
-        for _ in range(self.pairs):
-            candidates = [Candidate(name, self) for name, _ in sides]
-            try:
-                for turn in range(self.turns + 1):
-                    for i, (_, jobs) in enumerate(sides):
-                        value = candidates[i].measure(max(jobs // self.divisor, 1000))
-                        if turn:
-                            figures[i].append(value)
-            finally:
-                for candidate in candidates:
-                    candidate.end()
-        return figures
-
-    def take_turns_asking(self, *paths: str) -> list[list[float]]:
-        """Return the requests per second that each path bears, round by round."""
-        server = Candidate("serve", self)
-        try:
-            port = int(server.measure(0))
-            rounds, seconds = (3, 0.5) if self.quick else (9, 2.0)
-            for path in paths:
-                asyncio.run(requests_per_second(port, path, 0.5))
-            figures = [
-                [
-                    asyncio.run(requests_per_second(port, path, seconds))
-                    for path in paths
+def take_turns(row: Row, loop: str, quick: bool) -> dict[str, list[float]]:
+    """Return what was measured of each side, turn by turn."""
+    views = row.unit == "requests/s"
+    starts, turns, divisor = (1, 3, 10) if quick else (1, 9, 1) if views else (3, 5, 1)
+    figures: dict[str, list[float]] = {t: [] for t in ("ours", *row.bars) if t != ALONE}
+    for _ in range(starts):
+        with contextlib.ExitStack() as stack:
+            if views:
+                port = int(stack.enter_context(process(row, "uvicorn", loop))(0))
+                seconds = 0.5 if quick else 2
+                measures = [
+                    functools.partial(ask, port, jobs, seconds) for jobs in "10"
                 ]
-                for _ in range(rounds)
-            ]
-        finally:
-            server.end()
-        return [list(figure) for figure in zip(*figures)]
+            else:
+                measures = []
+                for tool in figures:
+                    jobs = max(JOBS_OF_RIVALS.get(tool, row.jobs) // divisor, 1000)
+                    measure = stack.enter_context(process(row, tool, loop))
+                    measures.append(functools.partial(measure, jobs))
+            for turn in range(turns + 1):
+                for measure, taken in zip(measures, figures.values(), strict=True):
+                    figure = measure()
+                    if turn:  # the first one warms up
+                        taken.append(figure)
+    return figures
 
 
-async def requests_per_second(port: int, path: str, seconds: float) -> float:
-    """Ask over eight connections that are kept alive."""
-    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+def ask(port: int, jobs: str, seconds: float) -> float:
+    """Return how many requests a second are answered on eight connections."""
+    request = f"GET /{jobs} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     until = time.perf_counter() + seconds
 
     async def ask_again_and_again() -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        count = 0
-        while time.perf_counter() < until:
+        for count in itertools.count():
+            if time.perf_counter() > until:
+                writer.close()
+                return count
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 200"):
-                raise NotMeasured(f"{path} answered {head.splitlines()[0]!r}")
+            assert head.startswith(b"HTTP/1.1 200"), head
             await reader.readexactly(2)
-            count += 1
-        writer.close()
-        return count
 
-    return (
-        sum(await asyncio.gather(*(ask_again_and_again() for _ in range(8)))) / seconds
-    )
+    async def ask_on_eight() -> int:
+        return sum(await asyncio.gather(*(ask_again_and_again() for _ in range(8))))
+
+    return asyncio.run(ask_on_eight()) / seconds
+
+
+# In the parent: what is shown
 
 
 class Outcome(NamedTuple):
     row: Row
-    ours: float
-    rivals: float | None
-    score: float  # what the bar is for
-    low: float
-    high: float
-
-    def met(self) -> bool:
-        if self.row.at_most:
-            return self.score <= self.row.bar
-        return self.score >= self.row.bar
+    rival: str
+    ratio: float
+    met: bool
 
 
-def judge(row: Row, context: Context) -> Outcome:
-    if row.rival is None:
-        (scores,) = context.take_turns((row.candidate, row.jobs))
-        ours, rivals = scores, None
-    else:
-        if row.candidate.startswith("/"):
-            ours, rivals = context.take_turns_asking(row.candidate, row.rival)
-        else:
-            sides = (row.candidate, row.jobs), (row.rival, row.rival_jobs)
-            ours, rivals = context.take_turns(*sides)
-        scores = [mine / other for mine, other in zip(ours, rivals)]
-    median = statistics.median
-    spread = sorted(scores)[len(scores) // 10], sorted(scores)[-1 - len(scores) // 10]
-    theirs = None if rivals is None else median(rivals)
-    return Outcome(row, median(ours), theirs, median(scores), *spread)
+LINE = "{:<30}{:>9} {:>9} {:>7} {:>7}  {:<15} {}"
 
 
-def print_table(context: Context) -> tuple[list[Outcome], bool]:
-    """Measure row after row; return the outcomes, and whether all bars are met."""
-    line = "{:<30} {:>9} {:>9} {:>7} {:>7}  {:<14} {}"
-    print(
-        line.format("per second", "ours", "rival's", "ratio", "bar", "spread", "rival")
-    )
-    outcomes, all_met = [], True
-    for row in ROWS:
-        if row.candidate.startswith("task") and sys.version_info < (3, 12):
-            print(f"{row.name:<30} needs Django 6.0, and so Python 3.12")
-            continue
-        try:
-            outcome = judge(row, context)
-        except NotMeasured as error:
-            print(f"{row.name:<30} not measured beside {row.rival}: {error}")
-            all_met = False
-            continue
-        outcomes.append(outcome)
-        all_met = all_met and outcome.met()
-        print(
-            line.format(
-                row.name,
-                shown(outcome.ours),
-                "" if outcome.rivals is None else shown(outcome.rivals),
-                shown(outcome.score),
-                f"{'<=' if row.at_most else '>='} {row.bar:g}",
-                f"{shown(outcome.low)} .. {shown(outcome.high)}",
-                (row.rival or "") + ("" if outcome.met() else "  FALLS SHORT"),
-            ),
-            flush=True,
+def report(row: Row, figures: dict[str, list[float]]) -> Iterator[Outcome]:
+    """Print how a row stands beside each rival."""
+    for rival, bar in row.bars.items():
+        ours, theirs = figures["ours"], figures.get(rival)
+        ratios = sorted(map(operator.truediv, ours, theirs) if theirs else ours)
+        ratio, tenth = statistics.median(ratios), len(ratios) // 10
+        at_most = row.unit in AT_MOST
+        met = ratio <= (bar or 0) if at_most else ratio >= (bar or 0)  # NaN is neither
+        line = LINE.format(
+            row.name,
+            shown(statistics.median(ours)),
+            shown(statistics.median(theirs)) if theirs else row.unit,
+            shown(ratio) if theirs else "",
+            f"{'<=' if at_most else '>='} {bar:g}" if bar else "",
+            f"{shown(ratios[tenth])} .. {shown(ratios[-1 - tenth])}",
+            rival + ("" if met else "  MISSED"),
         )
-    return outcomes, all_met
+        print(line, flush=True)
+        yield Outcome(row, rival, ratio, met)
 
 
 def shown(figure: float) -> str:
     return f"{figure:,.0f}" if figure > 999 else f"{figure:.3g}"
 
 
-def print_peers(context: Context) -> None:
-    for (title, unit, jobs), names in zip(PEERS[::2], PEERS[1::2]):
-        print(f"\n{title}, {unit}")
-        for name in names:
-            try:
-                (figures,) = context.take_turns((name, jobs))
-                print(f"  {name:<20} {statistics.median(figures):>10,.0f}", flush=True)
-            except NotMeasured as error:
-                print(f"  {name:<20} not measured: {error}")
+STYLE = """text { font: 23px system-ui, sans-serif; fill: #1b2430 }
+.small { font-size: 20px; fill: #57606a } path { stroke: #57606a }
+.card { fill: #fff; stroke: #d0d7de } .bar { fill: #2f7fc1 }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .small { fill: #9aa4af }
+path { stroke: #9aa4af } .card { fill: #161b22; stroke: #3d444d }
+.bar { fill: #4493dd } }"""
 
 
-def print_scale(context: Context) -> dict[int, float]:
-    print("\njobs waiting, and the cost of each, from defer() to done, in µs")
-    costs = {}
-    for jobs in SCALE:
-        (figures,) = context.take_turns(("cost", jobs))
-        costs[jobs] = statistics.median(figures)
-        print(f"  {jobs:>10,} {costs[jobs]:>8.2f}", flush=True)
-    return costs
-
-
-def plot(file: str, outcomes: list[Outcome], costs: dict[int, float]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    grey, blue = "#808080", "#3b82c4"  # legible on white and on black
-    names = (
-        "text.color",
-        "axes.labelcolor",
-        "axes.edgecolor",
-        "xtick.color",
-        "ytick.color",
-    )
-    matplotlib.rcParams.update(dict.fromkeys(names, grey))
-    from matplotlib import pyplot
-
-    shown = [o for o in outcomes if o.rivals is not None and not o.row.at_most][::-1]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 4.5), width_ratios=(2, 1)
-    )
-    labels = [f"{o.row.name}\nbeside {o.row.rival}" for o in shown]
-    bars = left.barh(labels, [o.score for o in shown], color=blue)
-    left.bar_label(bars, [f"{o.score:.3g} ×" for o in shown], padding=3)
-    left.axvline(1, color=grey, linewidth=1)
-    left.set(xscale="log", title="times as fast as the rival")
-    right.plot(list(costs), list(costs.values()), "o-", color=blue)
-    right.set(xscale="log", ylim=0, xlabel="jobs waiting", title="µs per job")
-    for axes in left, right:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    figure.tight_layout()
-    figure.savefig(file, transparent=True, metadata={"Date": None})
+def draw(file: str, outcomes: list[Outcome]) -> None:
+    """Draw one column of large text, for a phone, with a bar for each ratio."""
+    parts, y, name = [], 40, ""
+    unit = 340 / math.log(max(outcome.ratio for outcome in outcomes))
+    for row, rival, ratio, _ in outcomes:
+        if row.name != name:
+            y, name = y + 42, row.name
+            parts.append(f'<text x="20" y="{y}">{name}</text>')
+        end = max(20, 40 + unit * math.log(ratio))
+        bar = f'x="{min(end, 40):.0f}" width="{max(abs(end - 40), 2):.0f}" class="bar"'
+        parts += [
+            f'<text x="20" y="{y + 26}" class="small">beside {rival}</text>',
+            f'<rect y="{y + 37}" height="18" {bar}/><path d="M40 {y + 34}v24"/>',
+            f'<text x="{max(end, 40) + 8:.0f}" y="{y + 54}">{shown(ratio)}</text>',
+        ]
+        y += 60
+    head = f"""<svg xmlns="http://www.w3.org/2000/svg" width="480"
+viewBox="0 0 480 {y + 16}"><style>{STYLE}</style>
+<rect width="100%" height="100%" rx="10" class="card"/>
+<text x="20" y="40" class="small">Times as fast (bars start at 1, log scale)</text>"""
+    with open(file, "w", encoding="utf-8") as svg:
+        print(head, *parts, "</svg>", sep="\n", file=svg)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
-    parser.add_argument(
-        "--quick", action="store_true", help="a short form, never fails"
-    )
-    parser.add_argument("--peers", action="store_true", help="other libraries, too")
-    parser.add_argument("--scale", action="store_true", help="the cost of a long queue")
-    parser.add_argument(
-        "--plot", metavar="FILE.svg", help="draw the table and the scale"
-    )
-    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
-    parser.add_argument("--candidate", help=argparse.SUPPRESS)
-    parser.add_argument("--path", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a taste of all, which never fails")
+    add("--only", nargs="+", default=[""], metavar="WORDS", help="rows with them")
+    add("--plot", metavar="FILE.svg", help="draw the ratios, too")
+    add("--loop", choices=["asyncio", "uvloop"], default="asyncio")
+    add("--side", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.candidate:
-        if given.path:
-            sys.path.insert(0, given.path)
-        be_candidate(given.candidate, given.loop)
-    with tempfile.TemporaryDirectory() as folder:
-        context = Context(given.loop, given.quick, folder)
-        print(
-            f"Python {platform.python_version()}, {given.loop}, {os.cpu_count()} CPUs\n"
-        )
-        outcomes, all_met = print_table(context)
-        if given.peers:
-            print_peers(context)
-        costs = print_scale(context) if given.scale or given.plot else {}
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if given.side:
+        set_up(given.side[1])
+        (row,) = (row for row in ROWS if row.name == given.side[0])
+        factory = importlib.import_module(given.loop).new_event_loop
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(be_side(row, given.side[1]))
+    module = importlib.util.find_spec("django_simple_task")
+    rows = [r for r in ROWS if any(w.lower() in r.name.lower() for w in given.only)]
+    if not rows:
+        parser.error(f"no row has these words; there are: {[r.name for r in ROWS]}")
+    print(f"Python {platform.python_version()}, {given.loop}, {os.cpu_count()} CPUs")
+    print(f"{module and module.origin}\n")
+    print(LINE.format("", "ours", "rival's", "ratio", "bar", "spread", "beside"))
+    turns = ((row, take_turns(row, given.loop, given.quick)) for row in rows)
+    outcomes = [outcome for each in turns for outcome in report(*each)]
     if given.plot:
-        plot(given.plot, outcomes, costs)
-    return 0 if all_met or given.quick else 1
+        draw(given.plot, [each for each in outcomes if each.row.unit not in AT_MOST])
+    return 0 if given.quick or all(each.met for each in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -1,26 +1,36 @@
-"""Settings and fixtures of the tests: a project of one app, and a server that is not there."""
+"""The harness of the tests: a project of one app, a fake server, a ledger, a log."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
+import concurrent.futures
 import contextlib
-import functools
+import importlib
 import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
+from time import monotonic
 
 import django
 import pytest
 from django.conf import settings
+from django.db import connections
+from django.db.backends.sqlite3.base import DatabaseWrapper
+from django.test import override_settings
 
-import django_simple_task
+from django_simple_task import (
+    defer,
+    django_simple_task_middleware,
+    join,
+    stats,
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 urlpatterns: list[object] = []
+
+STARTED = {"type": "lifespan.startup.complete"}
+ENDED = {"type": "lifespan.shutdown.complete"}
 
 # Seconds after which what a test waits for is taken to hang, on a slow machine.
 HANG = 60
@@ -79,10 +92,13 @@ class Server:
         self.put({"type": "lifespan.startup"})
         return await self.answer()
 
-    async def shutdown(self):
+    async def shutdown(self, *, within=HANG):
+        """Have it shut down within so many seconds, and some more on a slow machine."""
+        began = monotonic()
         self.put({"type": "lifespan.shutdown"})
         answer = await self.answer()
         await asyncio.wait_for(self.task, HANG)
+        assert monotonic() - began < within + 5
         return answer
 
 
@@ -92,16 +108,62 @@ async def plain_app(scope, receive, send):
         raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
 
 
+def app_with_a_lifespan(*, startup=None, shutdown=None):
+    """Make an application of two phases; what an act returns is its last answer."""
+
+    async def app(scope, receive, send):
+        for phase, act in {"startup": startup, "shutdown": shutdown}.items():
+            assert await receive() == {"type": f"lifespan.{phase}"}
+            answer = act and await act(scope)
+            await send(answer or {"type": f"lifespan.{phase}.complete"})
+            if answer:
+                return
+
+    return app
+
+
 @contextlib.asynccontextmanager
-async def serving(app=plain_app):
-    """Run the middleware around `app` as a server would, from startup to shutdown."""
-    server = Server(django_simple_task.django_simple_task_middleware(app))
-    assert await server.startup() == {"type": "lifespan.startup.complete"}
+async def serving(app=plain_app, **ours):
+    """
+    Run the middleware around `app` as a server would, from startup to shutdown, with
+    settings of ours by their names without the prefix: serving(WORKERS=2).
+    """
+    server = Server(django_simple_task_middleware(app))
+    named = {f"DJANGO_SIMPLE_TASK_{name}": value for name, value in ours.items()}
+    with override_settings(**named):
+        assert await server.startup() == STARTED
+        try:
+            yield server
+        finally:
+            if not server.task.done():
+                await server.shutdown()
+
+
+@contextlib.contextmanager
+def serving_in_a_thread():
+    """Serve on a loop of another thread; give the loop, and a function that ends it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def call(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(HANG)
+
+    async def start():
+        server = Server(django_simple_task_middleware(plain_app))
+        assert await server.startup() == STARTED
+        return server
+
+    server = call(start())
     try:
-        yield server
+        yield loop, lambda: call(server.shutdown())
     finally:
         if not server.task.done():
-            await server.shutdown()
+            call(server.shutdown())
+        call(loop.shutdown_default_executor())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(HANG)
+        loop.close()
 
 
 class Ledger:
@@ -132,157 +194,223 @@ def ledger():
 
 
 class Oracles:
-    """
-    What must hold after each test that runs jobs in this process, whatever it did.
-
-    The accounts are compared, key by key, with what was seen at the time: with the
-    lines of the log, as they are made, with what the callers were refused, and with
-    the queues.
-    """
+    """What must hold after each test that runs jobs in this process, whatever it did."""
 
     def __init__(self):
-        self.before = django_simple_task.stats()
-        self.seen = []  # keys of stats(); a list, since all threads add to it
-        self.failures = []  # of asyncio: "never retrieved", "exception in callback"
-
-    def watch(self, monkeypatch, module):
-        # Where records are made, those included that the levels of a test keep out: what
-        # it does to handlers and filters is none of our business, and nothing that a
-        # record has is kept.
-        for name in ("django_simple_task", "asyncio", *TASKS_LOGGERS):
-            logger = logging.getLogger(name)
-            listen = functools.partial(self.listen, logger.makeRecord)
-            monkeypatch.setattr(logger, "makeRecord", listen)
-            handle = functools.partial(handle_if, logger.isEnabledFor, logger.handle)
-            monkeypatch.setattr(logger, "handle", handle)
-            monkeypatch.setattr(logger, "isEnabledFor", lambda level: True)
-        defer = noting_refusals(self.seen, django_simple_task.defer)
-        for owner in django_simple_task, module:
-            monkeypatch.setattr(owner, "defer", defer, raising=False)
-        backend, job = django_simple_task.SimpleTaskBackend, django_simple_task._TaskJob
-        for name in "enqueue", "aenqueue":
-            method = noting_refusals(self.seen, getattr(backend, name))
-            monkeypatch.setattr(backend, name, method)
-        hand_over = noting_hand_overs(self.seen, job.hand_over)
-        monkeypatch.setattr(job, "hand_over", hand_over)
-
-    def listen(self, make_record, name, level, *args, **kwargs):
-        record = make_record(name, level, *args, **kwargs)
-        message = record.getMessage()
-        if name == "asyncio":
-            self.failures += [message] if level >= logging.ERROR else []
-        elif message.startswith("lost="):
-            self.seen += ["lost"] * record.lost
-        elif message.startswith("Task id="):
-            self.seen.append(end_of_a_task(message, record))
-        elif name == "django_simple_task":
-            event = message.partition(" job=")[0]
-            self.seen.append(EVENTS.get(event, event))
-        return record
+        self.before = stats()
+        self.complaints = []  # of asyncio: "never retrieved", "exception in callback"
+        self.handler = logging.Handler(logging.ERROR)
+        self.handler.emit = lambda record: self.complaints.append(record.getMessage())
+        logging.getLogger("asyncio").addHandler(self.handler)
 
     def check(self):
+        logging.getLogger("asyncio").removeHandler(self.handler)
         if self.before["pending"] or self.before["in_flight"]:
             return  # what an earlier test has mislaid is not for this one to answer for
-        assert django_simple_task.join(HANG), django_simple_task.stats()
-        self.check_accounts()
-        self.check_threads()
-        assert self.failures == []
-
-    def check_accounts(self):
-        """Each key is what was seen, and all together close."""
-        accounts = django_simple_task.stats()
-        since = {key: accounts[key] - self.before[key] for key in accounts}
-        seen = collections.Counter(self.seen)
-        for key in "accepted", "rejected", "retried", "lost", "handed_over":
-            assert since[key] == seen[key], (key, since, seen)
-        for key in "succeeded", "failed":
-            untold = seen["A signal of a Task was not delivered."]
-            assert seen[key] <= since[key] <= seen[key] + untold, (key, since, seen)
-        pools = django_simple_task._process.pools
-        scheduled = sum(len(pool.queue.scheduled) for pool in pools)
-        waiting = sum(pool.queue.qsize() for pool in pools)
+        assert join(HANG), stats()
+        accounts = stats()
         assert accounts["pending"] == accounts["in_flight"] == 0
-        assert accounts["scheduled"] == scheduled == waiting
-
-    def check_threads(self):
-        """Of our threads those are left that serve in the background."""
-        pools = django_simple_task._process.pools
-        serving = {worker.lane.thread for pool in pools for worker in pool.workers}
-        serving.update(getattr(pool, "thread", None) for pool in pools)
-        for thread in set(threading.enumerate()) - serving:
-            if thread.name.startswith("django_simple_task"):
-                thread.join(HANG)
-                assert not thread.is_alive(), thread
+        assert_closed(accounts)
+        assert self.complaints == []
 
 
-TASKS_LOGGERS = "django.tasks", "django_tasks"
-# How the lines of a job begin, and what they say to its accounts.
-EVENTS = {
-    "deferred": "accepted",
-    "finished": "succeeded",
-    "lost in flight": "lost",
-    "will be retried": "retried",
-}
-
-
-def end_of_a_task(message, record):
-    """Tell what Django says of a Task. One that was given up has no exception."""
-    if message.endswith("state=SUCCESSFUL"):
-        return "succeeded"
-    failed = record.exc_info is not None and record.exc_info[0] is not None
-    return "failed" if failed else message
-
-
-def handle_if(enabled, handle, record):
-    """Hand a record on that would not have been made without us, if at all."""
-    if enabled(record.levelno):
-        handle(record)
-
-
-def noting_refusals(seen, function):
-    """Wrap what queues jobs, in order to note each QueueFull that its caller gets."""
-
-    @contextlib.contextmanager
-    def noting():
-        try:
-            yield
-        except django_simple_task.QueueFull as error:
-            if not hasattr(error, "seen"):  # by a function that this one has called
-                error.seen = True
-                seen.append("rejected")
-            raise
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        with noting():
-            return function(*args, **kwargs)
-
-    @functools.wraps(function)
-    async def async_wrapper(*args, **kwargs):
-        with noting():
-            return await function(*args, **kwargs)
-
-    return async_wrapper if inspect.iscoroutinefunction(function) else wrapper
-
-
-def noting_hand_overs(seen, hand_over):
-    """Wrap what gives a Task to another backend, in order to note what that took."""
-
-    def wrapper(job):
-        where = hand_over(job)
-        if not job.snapshot().is_finished:  # else it took too long, and was lost
-            seen.append("handed_over")
-        return where
-
-    return wrapper
+def assert_closed(accounts):
+    """Each accepted job is in one account."""
+    parts = "succeeded failed lost handed_over pending scheduled in_flight".split()
+    assert accounts["accepted"] == sum(accounts[part] for part in parts), accounts
 
 
 @pytest.fixture(autouse=True)
-def oracles(monkeypatch, request):
+def oracles():
     oracles = Oracles()
-    oracles.watch(monkeypatch, request.module)
     yield
     oracles.check()
+
+
+@pytest.fixture
+def lines():
+    """Collect the records of our logger that are about a job, from DEBUG on."""
+    ledger = Ledger()
+    handler = logging.Handler()
+    handler.emit = lambda record: hasattr(record, "job") and ledger.note(record)
+    logger = logging.getLogger("django_simple_task")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield ledger
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+class Said(Ledger):
+    """What our logger says."""
+
+    def until(self, text, times=1):
+        def told():
+            return sum(text in record.getMessage() for record in self.runs) >= times
+
+        with self._changed:
+            return self._changed.wait_for(told, HANG)
+
+    def at(self, level):
+        return [record for record in self.runs if record.levelname == level]
+
+    def lost(self):
+        """Return how many were lost before they began, and the ids shown, by name."""
+        lost = {}
+        for record in self.at("ERROR"):
+            line = re.fullmatch(r"lost=(\d+) job=(\S+) ids=(\S+)", record.getMessage())
+            if line:
+                assert line[2] not in lost
+                lost[line[2]] = int(line[1]), line[3].split(",")
+                assert (record.lost, record.job) == (int(line[1]), line[2])
+        return lost
+
+
+@pytest.fixture
+def said():
+    """Collect what our logger says, from INFO on."""
+    said = Said()
+    handler = logging.Handler()
+    handler.emit = said.note
+    logger = logging.getLogger("django_simple_task")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a coroutine function as a test, on a loop of its own; it may not hang."""
+    test = pyfuncitem.obj
+    if inspect.iscoroutinefunction(test):
+
+        def run(**kwargs):
+            asyncio.run(asyncio.wait_for(test(**kwargs), 3 * HANG))
+
+        pyfuncitem.obj = run
+
+
+@pytest.fixture
+def immediate():
+    with override_settings(DJANGO_SIMPLE_TASK_IMMEDIATE=True):
+        yield
+
+
+def since(before):
+    """Return what stats() counts now and did not then."""
+    now = stats()
+    keys = [key for key in now if key != "workers" and now[key] != before[key]]
+    return {key: now[key] - before[key] for key in keys}
+
+
+@contextlib.contextmanager
+def busy_worker():
+    """Keep the only worker at work, so that what is deferred meanwhile waits."""
+    started, release = threading.Event(), threading.Event()
+
+    def work():
+        started.set()
+        release.wait(HANG)
+
+    defer(work)
+    assert started.wait(HANG)
+    try:
+        yield release
+    finally:
+        release.set()
+
+
+def tasks_package():
+    """Return django.tasks, or its backport."""
+    for name in "django.tasks", "django_tasks":
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    pytest.skip("does not apply: needs Django 6.0 or the package django-tasks")
+
+
+def do_nothing():
+    pass
+
+
+class Hung:
+    """Jobs, and things in the way of a shutdown, that hang until the end of a test."""
+
+    def __init__(self, stack):
+        self.began, self.release, self.stack = Ledger(), threading.Event(), stack
+
+    def job(self, *args, **kwargs):
+        self.began.note()
+        assert self.release.wait(HANG)
+
+    async def coroutine(self):
+        self.began.note()
+        await asyncio.Event().wait()
+
+    async def stubborn(self):
+        self.began.note()
+        until = monotonic() + HANG
+        while not self.release.is_set() and monotonic() < until:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def link(self):
+        self.began.note()
+        defer(self.link)
+        await asyncio.sleep(0)
+
+    def line(self, text, job=lambda: None, **options):
+        """Let a logging handler hang; it holds its lock, as handlers do."""
+        handler = logging.Handler()
+        handler.emit = lambda record: text in record.getMessage() and self.job()
+        logger = logging.getLogger("django_simple_task")
+        logger.addHandler(handler)
+        self.stack.callback(logger.removeHandler, handler)
+        defer(job, options=options)
+
+    def receiver(self, name):
+        """Let a receiver of one of the signals of Tasks hang."""
+        tasks = tasks_package()
+        signal = getattr(importlib.import_module(f"{tasks.__name__}.signals"), name)
+        signal.connect(self.job)
+        self.stack.callback(signal.disconnect, self.job)
+        tasks.task(do_nothing).enqueue()
+
+    def connection(self, method):
+        """Let a connection hang as it is looked at after a job."""
+
+        def job():
+            wrapper = DatabaseWrapper(connections["default"].settings_dict, "default")
+            setattr(wrapper, method, self.job)
+            connections["default"] = wrapper
+
+        defer(job)
+
+    def chain(self, of_what):
+        """Let jobs defer the next one for ever."""
+        defer(self.link)
+
+
+@pytest.fixture
+def hung():
+    backend = {"BACKEND": "django_simple_task.SimpleTaskBackend"}
+    with contextlib.ExitStack() as stack, override_settings(TASKS={"default": backend}):
+        hung = Hung(stack)
+        stack.callback(hung.release.set)
+        yield hung
+        hung.release.set()
+
+
+async def off_the_loop(wait, *args):
+    """Wait in a thread for something that must happen."""
+    assert await asyncio.to_thread(wait, *args) is not False
+
+
+def in_a_thread(function, *args):
+    """Return what a function returns in a thread and a context of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *args).result(HANG)
 
 
 PREAMBLE = """
@@ -290,7 +418,9 @@ import asyncio, logging, os, signal, sys, threading, time
 import django
 from django.conf import settings
 logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
-settings.configure(INSTALLED_APPS=["django_simple_task"], USE_TZ=True, **{settings!r})
+settings.configure(
+    **{"INSTALLED_APPS": ["django_simple_task"], "USE_TZ": True, **{settings!r}}
+)
 django.setup()
 from django_simple_task import *
 """
@@ -315,6 +445,35 @@ def run_script(body, *, before="", timeout=HANG, dev=True, **settings):
     finally:
         process.kill()
     return subprocess.CompletedProcess(code, process.returncode, *output)
+
+
+AMID_THE_DRAIN = """
+class AmidTheDrain(logging.Handler):
+    begun = threading.Event()
+
+    def emit(self, record):
+        if "draining" in record.getMessage() and not self.begun.is_set():
+            self.begun.set()
+            act()
+
+def act():
+    pass
+
+logging.getLogger("django_simple_task").addHandler(AmidTheDrain())
+"""
+
+
+def run_to_its_end(body, *preambles, **options):
+    """Run a script that ends by itself, with nothing to complain of."""
+    script = run_script("".join(preambles) + textwrap.dedent(body), **options)
+    assert script.returncode == 0, script.stderr
+    assert "Traceback" not in script.stderr, script.stderr
+    return script
+
+
+def lines_at(level, script):
+    start = f"{level} django_simple_task "
+    return [line for line in script.stderr.splitlines() if line.startswith(start)]
 
 
 # In CI a skipped test is a failure: there everything that tests need is installed. What

@@ -1,111 +1,114 @@
-"""The demo of django_simple_task: `python demo.py [port]`, then open the address in its log."""
+"""The demo of django_simple_task: `python demo.py [port]`, then open what it prints."""
 
 import asyncio
 import contextlib
 import csv
 import io
 import logging
-import os
 import sys
 import tempfile
 import time
-from urllib.request import urlopen
 
-import django
 import uvicorn
-from django import forms
+from django import setup
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.core.files.base import ContentFile
-from django.core.mail import send_mail
+from django.core.files.storage import default_storage
 from django.db import connection, models, transaction
-from django.http import HttpResponse
-from django.shortcuts import redirect
+from django.forms import FileField, Form, ValidationError
+from django.http import HttpResponse, HttpResponseRedirect
 from django.template import engines
-from django.urls import path, reverse
-from django.views.decorators.http import require_POST
+from django.urls import path
 
 from django_simple_task import defer, django_simple_task_middleware, stats
 
+PORT = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
 FOLDER = tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True)
-FILES = "django.core.mail.backends.filebased.EmailBackend"
-MAIL = {"MAILERS": {"default": {"BACKEND": FILES, "OPTIONS": {"file_path": FOLDER.name}}}}
-if django.VERSION < (6, 1):
-    MAIL = {"EMAIL_BACKEND": FILES, "EMAIL_FILE_PATH": FOLDER.name}
-SAMPLE = b"".join(b"%d,Ada,ada%d@example.com\n" % (n, n) for n in range(1, 121))
+SQLITE = {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{FOLDER.name}/db"}
+MIDDLEWARE = ["common.CommonMiddleware", "csrf.CsrfViewMiddleware"]
 
 logging.basicConfig(level="INFO", format="%(levelname)-8s%(name)s: %(message)s")
 settings.configure(
-    ALLOWED_HOSTS=["127.0.0.1", "localhost"],
-    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{FOLDER.name}/db"}},
+    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # CommonMiddleware refuses all others
+    DATABASES={"default": SQLITE},
     DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=25,
     DJANGO_SIMPLE_TASK_WORKERS=2,
     INSTALLED_APPS=["django_simple_task", __name__],
-    MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],
+    MEDIA_ROOT=FOLDER.name,
+    MIDDLEWARE=[f"django.middleware.{name}" for name in MIDDLEWARE],
     ROOT_URLCONF=__name__,
     TASKS={"default": {"BACKEND": "django_simple_task.SimpleTaskBackend"}},
     TEMPLATES=[{"BACKEND": "django.template.backends.django.DjangoTemplates"}],
-    **MAIL,
 )
-django.setup()
+setup()
 
-try:
+task = lambda function: function  # Django 5.2 has no Tasks; defer() takes both
+with contextlib.suppress(ImportError):
     from django.tasks import task
-except ImportError:  # Django 5.2 has no Tasks; defer() takes the function, too
-    task = lambda function: function
 
 
 class Job(models.Model):  # what the page shows of a job; the job itself writes it
     name = models.CharField(max_length=300)
     state = models.CharField(max_length=8, default="waiting")
-    detail = models.TextField(default="for a free worker")
+    detail = models.TextField()
+    attempt = models.PositiveIntegerField(default=0)
     done = models.PositiveIntegerField(default=0)
     total = models.PositiveIntegerField(default=0)
-    attempt = models.PositiveIntegerField(default=0)
-    max_attempts = models.PositiveIntegerField(default=1)
 
 
 class Row(models.Model):
     cells = models.JSONField()
 
 
+@transaction.atomic
+def start(name, function, *args, **options):
+    """Show a job on the page, and defer it when its row is committed, not before."""
+    job = Job.objects.create(name=name)
+    call = lambda: defer(function, {"args": [job.pk, *args]}, options=options)
+    transaction.on_commit(call, robust=True)
+
+
 @contextlib.contextmanager
-def attempt(job_id):
+def attempt(job_id, *, of=1):
     """Show on the page that an attempt begins, and how it ends."""
     job = Job.objects.get(pk=job_id)
-    job.state = "running"
-    job.attempt += 1
+    job.state, job.attempt = "running", job.attempt + 1
     job.save()
     try:
         yield job
         job.state = "done"
     except Exception as error:
-        job.state = "retrying" if job.attempt < job.max_attempts else "failed"
-        job.detail = f"attempt {job.attempt} of {job.max_attempts}: {error}"
+        job.state = "retrying" if job.attempt < of else "failed"
+        job.detail = f"attempt {job.attempt} of {of}: {error}"
         raise  # to be logged, and tried again
     finally:
         job.save()
 
 
-def import_rows(job_id, rows):
+def import_rows(job_id, key):
     """A sync job runs in a thread, and uses the ORM as a view does."""
     with attempt(job_id) as job:
+        with default_storage.open(key) as file:
+            rows = read_rows(file)
+        job.total = len(rows)
         for cells in rows:
             Row.objects.create(cells=cells)
             job.done += 1
             job.detail = f"{job.done} of {job.total} rows"
             job.save()
             time.sleep(min(0.05, 6 / job.total))  # or it is over before you look
+        default_storage.delete(key)
 
 
-async def fetch_pages(job_id, urls):
-    """An async job runs on the server's event loop: here it has all requests out at once."""
+async def fetch_pages(job_id, seconds):
+    """An async job runs on the server's event loop: all its requests are out at once."""
     job = await Job.objects.aget(pk=job_id)
-    job.state = "running"
+    job.state, job.total = "running", len(seconds)
     await job.asave()
-    requests = [asyncio.to_thread(urlopen, url, timeout=10) for url in urls]
-    for request in asyncio.as_completed(requests):
-        with contextlib.suppress(OSError), await request:  # refused after Ctrl-C
+    for page in asyncio.as_completed(map(fetch, seconds)):
+        with contextlib.suppress(OSError):  # refused after Ctrl-C
+            await page
             job.done += 1
             job.detail = f"{job.done} of {job.total} pages"
             await job.asave()
@@ -113,125 +116,124 @@ async def fetch_pages(job_id, urls):
     await job.asave()
 
 
+async def fetch(seconds):
+    # From the server's own address. The request's Host is what its sender wrote there.
+    reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+    with contextlib.closing(writer):
+        writer.write(b"GET /slow/%d/ HTTP/1.0\r\nHost: localhost\r\n\r\n" % seconds)
+        return await reader.read()
+
+
 def call_flaky_service(job_id):
     """A job that fails is tried again, as often as who defers it asks for."""
-    with attempt(job_id) as job:
+    with attempt(job_id, of=4) as job:
         if job.attempt < 3:
             raise ConnectionError("the service hung up")
-        job.detail = f"attempt {job.attempt} of {job.max_attempts}: the service answered"
+        job.detail = "attempt 3 of 4: the service answered"
 
 
 @task
-def mail_report(job_id):
+def write_report(job_id):
     """A Task of Django's own kind: the same queue, the same workers."""
     with attempt(job_id) as job:
         report = f"The table has {Row.objects.count()} rows."
-        send_mail("Report", report, "demo@example.com", ["you@example.com"])
-        job.detail = f"{report} The mail is in {FOLDER.name}"
+        key = default_storage.save("report.txt", ContentFile(report.encode()))
+        job.detail = f"{report} See {default_storage.path(key)}"
 
 
-@transaction.atomic
-def start(name, function, *args, total=0, **options):
-    """Show a job on the page, and defer it when its row is committed, not before."""
-    job = Job.objects.create(name=name, total=total, max_attempts=options.get("max_attempts", 1))
-    arguments = {"args": [job.pk, *args]}
-    transaction.on_commit(lambda: defer(function, arguments, options=options), robust=True)
+def read_rows(file):
+    text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+    return [cells for cells in csv.reader(text) if any(map(str.strip, cells))]
 
 
-class ImportForm(forms.Form):
-    file = forms.FileField()
+class ImportForm(Form):
+    file = FileField()
 
     def clean_file(self):
         file = self.cleaned_data["file"]
         if file.size > 1_000_000:
-            raise forms.ValidationError(f"This file has {file.size:,} bytes, more than 1 MB.")
+            raise ValidationError(f"This file has {file.size:,} bytes, more than 1 MB.")
         try:
-            text = file.read().decode("utf-8-sig")
-            lines = [[line] for line in text.splitlines()]
-            if file.name.lower().endswith(".csv"):
-                lines = csv.reader(io.StringIO(text, newline=""))
-            self.rows = [cells for cells in lines if any(cell.strip() for cell in cells)]
-        except (UnicodeDecodeError, csv.Error):
-            raise forms.ValidationError("This is not a text or CSV file in UTF-8.")
-        if "\0" in text:
-            raise forms.ValidationError("This is not a text file: it has zero bytes in it.")
-        if not 1 <= len(self.rows) <= 10_000:
-            raise forms.ValidationError(f"This file has {len(self.rows):,} lines, not 1 to 10,000.")
+            count = len(read_rows(file))
+        except (UnicodeError, csv.Error):
+            raise ValidationError("This is not a text or CSV file in UTF-8.")
+        if not 1 <= count <= 10_000:
+            raise ValidationError(f"This file has {count:,} rows, not 1 to 10,000.")
         return file
 
 
+JOBS = {
+    "fetch": lambda: start("Fetch five slow pages", fetch_pages, range(1, 6)),
+    "flaky": lambda: start("Call a flaky service", call_flaky_service, max_attempts=4),
+    "report": lambda: start("Write a report", write_report),
+}
+
+
 def index(request):
-    files = request.FILES
-    if "sample" in request.POST:
-        files = {"file": ContentFile(SAMPLE, "sample.csv")}
+    files, job = request.FILES, request.POST.get("job")
+    if job in JOBS:
+        JOBS[job]()
+        return HttpResponseRedirect("/")
+    if job == "sample":
+        files = {"file": ContentFile(b"Ada,ada@example.com\n" * 120, "sample.csv")}
     form = ImportForm(request.POST or None, files or None)
     if form.is_valid():
-        name = f"Import {form.cleaned_data['file'].name}"
-        start(name, import_rows, form.rows, total=len(form.rows))
-        return redirect("index")
+        # Django closes an uploaded file with the response: store it, and pass its key.
+        file = form.cleaned_data["file"]
+        key = default_storage.save("upload", file)
+        start(f"Import {file.name}", import_rows, key)
+        return HttpResponseRedirect("/")
     context = {"form": form, "stats": stats(), "jobs": Job.objects.order_by("-pk")[:10]}
-    return HttpResponse(PAGE.render(context, request), status=400 if form.errors else 200)
+    page = PAGE.render(context, request)
+    return HttpResponse(page, status=400 if form.errors else 200)
 
 
-@require_POST
-def start_job(request, kind):
-    if kind == "fetch":
-        urls = [request.build_absolute_uri(reverse("slow", args=[n])) for n in range(1, 6)]
-        start("Fetch five slow pages", fetch_pages, urls, total=len(urls))
-    elif kind == "flaky":
-        start("Call a flaky service", call_flaky_service, max_attempts=4, backoff=1)
-    elif kind == "mail":
-        start("Mail a report", mail_report)
-    return redirect("index")
+async def slow(request, seconds):
+    await asyncio.sleep(min(seconds, 5) / 2)
+    return HttpResponse("At last.")
 
 
-async def slow(request, n):
-    await asyncio.sleep(min(n, 5) / 2)
-    return HttpResponse(f"Page {n}")
-
-
-urlpatterns = [
-    path("", index, name="index"),
-    path("start/<kind>/", start_job, name="start"),
-    path("slow/<int:n>/", slow, name="slow"),
-]
+urlpatterns = [path("", index), path("slow/<int:seconds>/", slow)]
 PAGE = engines["django"].from_string("""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>django-simple-task</title><style>
-* { box-sizing: border-box; margin: 0; padding: 0; font: inherit } b, h1, h2, dd { font-weight: bold }
-html { font: 1rem/1.45 system-ui, sans-serif; background: #ecf1ee; color: #1c2b25; padding: 1.25rem }
-body { max-width: 72rem; margin: auto; align-items: start } h1 { font-size: 1.7rem } h2, dd { font-size: 1.15rem }
-body, section, form, ul { display: grid; gap: .8rem; list-style: none } small, dt { font-size: .85rem; color: #53645c }
-form, li, dl, p { background: #fff; border: 1px solid #d5dfd9; border-radius: .6rem; padding: .9rem 1rem }
-button, ::file-selector-button { background: #fff; color: #0c5a3e; border: 1px solid; border-radius: .4rem;
-  padding: .45rem .8rem; cursor: pointer; text-align: left } ::file-selector-button { margin-right: .6rem }
-button small { display: block } .main { background: #0c5a3e; color: #fff } input, progress { width: 100% }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .4rem; order: 1 }
-.job { display: grid; grid-template-columns: 1fr auto; gap: .3rem 1rem; overflow-wrap: anywhere; accent-color: var(--tone);
-  box-shadow: inset .3rem 0 var(--tone) } .job :nth-child(n + 3) { grid-column: 1 / 3 } .job span { color: var(--tone) }
-.waiting { --tone: #5d6d65 } .running { --tone: #0b5cad } .retrying { --tone: #965a00 } .done { --tone: #0c7a50 }
-.failed { --tone: #b02020 } .errorlist li, #away { background: #8c1d1d; color: #fff } .away #away { display: block }
-#away { display: none; position: fixed; inset: auto 0 0 } .away form, .away #live { opacity: .4; pointer-events: none }
-@media (min-width: 50rem) { body { grid: auto auto 1fr / 22rem 1fr } header { grid-column: 1 / 3 }
-  #live { grid-area: 2 / 2 / 4 } dl { order: 0 } }</style><link rel="icon" href="data:,">
-<header><h1>django-simple-task</h1>Jobs inside the server's own process, from one file: demo.py</header>
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit } b, h1, h2, dd { font-weight: 600 }
+html { color-scheme: light dark; --green: light-dark(#0c6a48, #5ccb9a); background: #8882;
+  font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere } h1 { font-size: 1.6rem }
+body { max-width: 70rem; margin: auto; padding: 1rem } body, section, form { display: grid; gap: .7rem }
+form, ul, dl, p { background: Canvas; border: 1px solid #8885; border-radius: .6rem; padding: .8rem }
+button, ::file-selector-button { background: none; color: var(--green); border: 1px solid; border-radius: .4rem;
+  padding: .4rem .7rem; text-align: left; cursor: pointer } ::file-selector-button { margin-right: .6rem }
+.main { background: var(--green); color: Canvas } input, progress, small { display: block; width: 100% }
+small, dt, li span { font-size: .875rem; opacity: .8 } ul { padding: 0; list-style: none }
+li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .8rem; padding: .45rem .8rem;
+  border-left: .3rem solid var(--tone, #8885); accent-color: var(--tone) } li + li { border-top: 1px solid #8885 }
+.running { --tone: #3b82f6 } .retrying { --tone: #d08a1d } .done { --tone: #1f9d6b } .failed { --tone: #dc4040 }
+.errorlist li, #away { background: #a31f1f; color: #fff; padding: .8rem; border: 0; border-radius: .5rem }
+#away { position: fixed; inset: auto .8rem .8rem } body:not(.away) #away { display: none }
+.away form, .away #live { opacity: .4; pointer-events: none }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); gap: .3rem }
+@media (min-width: 50rem) { body { grid: auto auto 1fr / 21rem 1fr; align-items: start }
+  header { grid-column: 1 / 3 } #live { grid-area: 2 / 2 / 4 } }</style><link rel="icon" href="data:,">
+<header><h1>django-simple-task</h1>This server runs its jobs itself: async ones on its event loop,
+sync ones in threads beside it.</header>
 <section><form method="post" enctype="multipart/form-data">{% csrf_token %}<h2>Import a file</h2>
-{{ form.file.errors }}{{ form.file }}<small>Text or CSV in UTF-8, up to 1 MB, 10,000 lines</small>
-<button class="main">Import it, row by row</button>
-<button name="sample" formnovalidate>Import a sample instead</button></form>
+{{ form.file.errors }}{{ form.file }}<small>Text or CSV in UTF-8, 1 MB at most</small>
+<button class="main">Import it, row by row<small>sync: in a thread</small></button>
+<button name="job" value="sample" formnovalidate>Import a sample instead</button></form>
 <form method="post">{% csrf_token %}<h2>Other jobs</h2>
-<button formaction="{% url 'start' 'fetch' %}">Fetch five slow pages<small>async, all at once</small></button>
-<button formaction="{% url 'start' 'flaky' %}">Call a flaky service<small>fails twice, is tried again</small></button>
-<button formaction="{% url 'start' 'mail' %}">Mail a report<small>a Task of django.tasks</small></button></form>
-</section><section id="live"><dl>{% for name, number in stats.items %}
-<div><dt>{{ name }}</dt><dd id="{{ name }}">{{ number }}</dd></div>{% endfor %}</dl>
-<ul>{% for job in jobs %}<li class="job {{ job.state }}"><b>{{ job.name }}</b><span>{{ job.state }}</span>
-{% if job.total %}<progress value="{{ job.done }}" max="{{ job.total }}"></progress>{% endif %}
+<button name="job" value="fetch">Fetch five slow pages<small>async: on the loop, all at once</small></button>
+<button name="job" value="flaky">Call a flaky service<small>sync: fails twice, is tried again</small></button>
+<button name="job" value="report">Write a report<small>sync: a Task of django.tasks</small></button></form></section>
+<section id="live"><ul>{% for job in jobs %}<li class="job {{ job.state }}">
+<b title="{{ job.name }}">{{ job.name|truncatechars:60 }}</b><span>{{ job.state }}</span>
+{% if job.done %}<progress value="{{ job.done }}" max="{{ job.total }}"></progress>{% endif %}
 <small>{{ job.detail }}</small></li>{% empty %}<li>No job yet: import the sample.</li>{% endfor %}</ul>
-</section><p><b>Ctrl-C</b> in the terminal drains: the server takes no more requests, and finishes the
-jobs that wait or run, for at most 25 seconds. The terminal shows it. Try it during an import.</p>
-<p id="away">The server does not answer. After Ctrl-C it finishes its jobs: watch the terminal.</p><script>
+<dl>{% for name, number in stats.items %}<div><dt>{{ name }}</dt><dd id="{{ name }}">{{ number }}</dd></div>
+{% endfor %}</dl></section><p><b>Ctrl-C</b> in the terminal drains: the server takes no more requests,
+and finishes the jobs that wait or run, for at most 25 seconds. Try it during an import.</p>
+<div id="away">The server does not answer. After Ctrl-C it finishes its jobs: watch the terminal.</div><script>
 setInterval(async () => {
-  const text = await fetch("/").then((response) => response.text()).catch(() => "")
+  const text = await fetch("/").then(answer => answer.ok ? answer.text() : "").catch(() => "")
   const page = new DOMParser().parseFromString(text, "text/html")
   document.body.className = text ? "" : "away"
   if (text) document.querySelector("#live").replaceWith(page.querySelector("#live"))
@@ -239,12 +241,10 @@ setInterval(async () => {
 """)
 
 if __name__ == "__main__":
-    os.environ["no_proxy"] = "127.0.0.1,localhost"  # the demo fetches from itself alone
     with connection.schema_editor() as editor:  # in a project: migrations
         editor.create_model(Job)
         editor.create_model(Row)
     application = django_simple_task_middleware(get_asgi_application())
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
     with FOLDER:  # removed at the end; log_config=None: uvicorn logs as all others do
-        uvicorn.run(application, port=port, lifespan="on", log_config=None, access_log=False)
+        uvicorn.run(application, port=PORT, log_config=None, access_log=False)
     print("At the end:", stats())
