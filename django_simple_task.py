@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import codecs
 import contextlib
 import difflib
 import functools
@@ -181,7 +182,7 @@ def _callable_at(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = import_string(value)
-        except ImportError as error:
+        except Exception as error:  # of the module, too
             raise ValueError from error
     if not callable(value):
         raise TypeError
@@ -249,11 +250,14 @@ def _cut(text: str) -> str:
     """Make text of unknown origin fit for a line of a log."""
     text = text[: _LONGEST_NAME + 1]
     if not (text.isascii() and text.isprintable()):
-        text = text.encode("unicode_escape").decode()
+        text = _escape(text)[0].decode()
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 _LONGEST_NAME = 200
+# Here, as str.encode() imports its codec when it first needs it: in a defer(), perhaps,
+# that a signal handler interrupts to defer, too.
+_escape = codecs.getencoder("unicode_escape")
 
 
 # Exceptions
