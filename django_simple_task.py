@@ -469,12 +469,16 @@ def _attempt_immediately(job: _Job) -> Any:
         if not job.on_loop:
             job.run()
         if job.on_loop or job.awaitable is not None:
-            arun = functools.partial(async_to_sync(job.arun), None)
-            _off_the_loop(lambda: job.scope.run(_enter_and_call, job.scope, arun))
+            _off_the_loop(lambda: job.scope.run(_await_here, job))
     except BaseException as interruption:  # Ctrl-C, or no thread can be started
         job.drop_awaitable()
         job.raised = interruption
     return job.raised
+
+
+def _await_here(job: _Job) -> None:
+    # async_to_sync() is made here, off the loop: it may keep the loop that it finds.
+    _enter_and_call(job.scope, async_to_sync(job.arun), None)
 
 
 def _off_the_loop(function: Callable[[], Any]) -> Any:

@@ -1752,6 +1752,8 @@ def kill(thread):
 @pytest.mark.parametrize("kind", ["sync", "orm"])
 def test_a_thread_that_was_killed_is_replaced(ledger, kind, moment):
     """Where jobs run: replaced threads. Its job fails, if it had one, and no other."""
+    if sys.gettrace() is not None:
+        pytest.skip("does not apply: a tracer dies with the thread, and with its lock")
 
     def job(dies):
         ledger.note(threading.get_ident())
