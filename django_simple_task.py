@@ -51,6 +51,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 import math
 import numbers
@@ -1495,7 +1496,7 @@ class _Process:
         loop = asyncio.get_running_loop()
         with self.lock:
             for pool in self.pools:
-                if pool.loop is loop:
+                if pool.loop is loop and pool.lifespans > 0:  # else it is ending
                     pool.lifespans += 1
                     return pool
         pool = _Pool(loop)
@@ -1754,8 +1755,12 @@ class _Worker:
         loop = self.pool.loop
         until = loop.time() + _SLICE
         while job is not None:
-            if job not in _process.in_flight:  # a drain gave it up on its way
-                return job.drop_awaitable()
+            if job not in _process.in_flight:
+                job.drop_awaitable()
+                if job.outcome != "lost":  # it was recovered meanwhile, in the lane
+                    return
+                job = _process.settle_and_take(self, job)
+                continue
             if job.to_announce or not (job.on_loop or job.awaitable is not None):
                 return self.lane.call(self.run, job)
             job.carried = True
@@ -2403,12 +2408,13 @@ class _Lifespan:
         if pool is None or not _process.is_last_lifespan(pool):
             return
         pool.deadline = monotonic()
-        for drain in self.drain, _drain(pool, final=True):  # first what was broken off
-            try:
-                await _adrive(drain)
-            except asyncio.CancelledError:  # once more: the loop itself may be ending
-                _drive(drain)
-                raise
+        # First what was broken off.
+        drain = itertools.chain(self.drain, _drain(pool, final=True))
+        try:
+            await _adrive(drain)
+        except asyncio.CancelledError:  # once more: the loop itself may be ending
+            _drive(drain)
+            raise
 
 
 class _InnerLifespan:

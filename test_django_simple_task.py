@@ -156,6 +156,11 @@ Database: no shared connections; closed between jobs; terminated sessions; resta
     SQLite
 Servers: drain on SIGTERM; hung jobs; SIGINT; second signal; without a lifespan;
     limits of their own; reload
+Model: any sequence
+Simulation: any interleaving
+Chaos: signals; kills
+Load: nothing is lost; memory; waiting jobs; lifespans
+Release 0.1.2: rows
 Demo: page; upload; hosts; drain; in a browser
 README: blocks run; log lines; defaults; changes; links; around each job
 """
@@ -6372,11 +6377,11 @@ def test_a_code_change_restarts_the_server(name, hung, tmp_path):
 
 INFINITY = float("inf")
 FINAL = "succeeded", "failed", "lost"
-MISHAPS = (ValueError, StopIteration, TimeoutError, asyncio.CancelledError)
-MISHAPS += (SystemExit, KeyboardInterrupt, GeneratorExit)
+VERDICTS = (ValueError, StopIteration, TimeoutError, asyncio.CancelledError)
+VERDICTS += (SystemExit, KeyboardInterrupt, GeneratorExit)
 
 
-def ours(**named):
+def set_ours(**named):
     return override_settings(**{f"DJANGO_SIMPLE_TASK_{n}": named[n] for n in named})
 
 
@@ -6592,9 +6597,10 @@ class Model:
 
     def start(self, shared):
         """Start a lifespan, unless there are two, perhaps on the loop of another."""
-        hosts = [life for life in self.alive() if shared and not life.host]
+        hosts = [each for each in self.alive() if not (each.host or each.stopped)]
         if len(self.alive()) < 2:
-            Lifespan(self, host=hosts[0] if hosts else None, grace=self.grace)
+            host = hosts[0] if hosts and shared else None
+            Lifespan(self, host=host, grace=self.grace)
 
     def stop(self, number, cancel):
         for life in self.alive()[number:]:
@@ -6796,7 +6802,7 @@ EVENTS = some.one_of(
     ),
     event(Told.defer_one, **TIMED, **HOW),
     event(Told.end_job, verdict=some.none(), **NUMBERS),
-    event(Told.end_job, verdict=some.sampled_from([*MISHAPS, "cancel"]), **NUMBERS),
+    event(Told.end_job, verdict=some.sampled_from([*VERDICTS, "cancel"]), **NUMBERS),
     event(Told.start, shared=some.booleans()),
     event(Told.stop, number=some.integers(0, 1), cancel=some.booleans()),
     event(Told.wait_for_all),
@@ -6805,9 +6811,9 @@ EVENTS = some.one_of(
 
 def play_events(workers, maxsize, grace, story):
     model = Told(workers, maxsize, grace)
-    with model, ours(WORKERS=workers, QUEUE_MAXSIZE=maxsize):
+    with model, set_ours(WORKERS=workers, QUEUE_MAXSIZE=maxsize):
         try:
-            with ours(SHUTDOWN_GRACE_PERIOD=grace):
+            with set_ours(SHUTDOWN_GRACE_PERIOD=grace):
                 for happen in story:
                     happen(model)
                     model.settle()
@@ -6815,15 +6821,17 @@ def play_events(workers, maxsize, grace, story):
             model.end_all()
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
 def test_any_sequence_of_events_keeps_to_the_model(examples, tmp_path):
     """Model: any sequence. Accounts close, order holds, and nothing is lost."""
+    with serving_in_a_thread():
+        """What other tests have left is done, or lost."""
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path)
     play = hypothesis.given(
         workers=some.sampled_from([1, 1, 2, 3]),
         maxsize=some.sampled_from([0, 0, 3]),
         grace=some.sampled_from([None, None, 0]),
-        story=some.lists(EVENTS, min_size=10, max_size=30),
+        story=some.lists(EVENTS, min_size=15, max_size=30),
     )(play_events)
     chosen = {"database": None, "deadline": None, "derandomize": True}
     chosen["suppress_health_check"] = list(hypothesis.HealthCheck)
@@ -6832,8 +6840,8 @@ def test_any_sequence_of_events_keeps_to_the_model(examples, tmp_path):
 
 class Turns:
     """
-    Of the threads that are in the module one at a time goes on; at its lines it is drawn
-    who. A seed has lines at which threads like to stop; some go on when no other can.
+    Of the threads that are in the module one at a time goes on, drawn at its lines. A
+    seed has lines at which threads like to stop, some until no other can go on.
 
     They are real threads with real locks, and nothing of the module is replaced. So who
     has the turn may be blocked: when no line is reached for a moment, another gets it.
@@ -6920,7 +6928,7 @@ class Played(Model):
         for what in call.plan:
             if isinstance(what, dict):
                 self.defer(**what)
-            elif what in MISHAPS:
+            elif what in VERDICTS:
                 raise what()
             elif what == "cancel" and call.task:
                 call.task.cancel()
@@ -6944,7 +6952,7 @@ class Played(Model):
         if draw.random() < 0.1:
             job |= {"kind": "async", "endless": True}
         plan = draw.choices([*steps, "defer"], k=draw.choice([0, 0, 1, 2]))
-        plan = [draw.choice(MISHAPS) if step == "raise" else step for step in plan]
+        plan = [draw.choice(VERDICTS) if step == "raise" else step for step in plan]
         job["plan"] = [self.draw(draw) if step == "defer" else step for step in plan]
         return job
 
@@ -6960,7 +6968,7 @@ class Played(Model):
         return threads
 
     def watch(self):
-        for _ in range(3):
+        for _ in range(10):
             least, accounts = self.returned, since(self.before)
             account, most = accounts.get("accepted", 0), len(self.named)
             self.judge(least <= account <= most, least, most, accounts)
@@ -6979,8 +6987,8 @@ def simulate(seed):
     workers, maxsize = draw.choice([1, 1, 2, 3]), draw.choice([0, 0, 0, 4])
     model = Played(workers, maxsize, draw.choice([None, None, 0, 0.002]))
     model.level = draw.choice([DEBUG, INFO])
-    with ours(WORKERS=workers, QUEUE_MAXSIZE=maxsize), Turns(seed), model:
-        with ours(SHUTDOWN_GRACE_PERIOD=model.grace):
+    with set_ours(WORKERS=workers, QUEUE_MAXSIZE=maxsize), Turns(seed), model:
+        with set_ours(SHUTDOWN_GRACE_PERIOD=model.grace):
             # All that is deferred is run, as long as nobody who serves has ended.
             if draw.random() < 0.7:
                 model.start(shared=False)
@@ -6999,8 +7007,11 @@ def simulate(seed):
 @pytest.mark.parametrize(
     "seeds", [range(8), pytest.param(range(8, 800), marks=pytest.mark.long)]
 )
+@pytest.mark.filterwarnings("ignore:coroutine")  # of a loop that ends in between
 def test_any_interleaving_keeps_to_the_model(seeds):
     """Simulation: any interleaving. No wake-up is missed, and no job runs twice."""
+    with serving_in_a_thread():
+        """What other tests have left is done, or lost."""
     for seed in seeds:
         try:
             simulate(seed)
@@ -7203,7 +7214,8 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
         """
         async def main():
             both = afailing, failing
-            calls = [[(both[n % 2], n) for n in range(at, 10**6, 500)] for at in range(500)]
+            ranges = [range(at, 10**6, 500) for at in range(500)]
+            calls = [[(both[n % 2], n) for n in each] for each in ranges]
             threads = [threading.Thread(target=defer_all, args=[c]) for c in calls]
             async with serving():
                 for thread in threads:
@@ -7227,7 +7239,7 @@ def test_a_million_jobs_of_500_threads_are_all_accounted_for():
     [
         ("(job,), (ajob,)", 50_000, 10_000, 1),
         ("(failing, 0), (afailing, 2)", 10_000, 10_000, 1),
-        ("(job, bytes(10**7)), (ajob, bytes(10**7))", 50, 10, 60),
+        ("(job, bytes(10**7)), (ajob, bytes(10**7))", 50, 10, 150),
     ],
 )
 def test_memory_does_not_grow_with_the_number_of_jobs(calls, times, maxsize, limit):
@@ -7259,6 +7271,8 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
             async with serving():
                 release = asyncio.Event()
                 defer(release.wait)
+                while not stats()["in_flight"]:
+                    await asyncio.sleep(0)
                 before = memory()
                 for function in job, ajob:
                     tracemalloc.start()
@@ -7420,7 +7434,7 @@ ROWS_OF_A_SERVER = {
     "CancelledError": RAISING.format("asyncio.CancelledError"),
     **{error: RAISING.format(error) for error in ("SystemExit", "KeyboardInterrupt")},
     **{error: RAISING.format(error) for error in ("GeneratorExit", "BaseException")},
-    "no message": "server.put({}); defer(note); await until(1)",
+    "no type": "server.put({}); defer(note); await until(1); await server.shutdown()",
     "after shutdown": "await server.shutdown(); defer(note); await until(1)",
     "a hung coroutine": GRACE.format("aforever") + "logged('lost in flight job=')",
     "a hung thread": GRACE.format("forever") + "logged('lost in flight job=')",
