@@ -6597,7 +6597,7 @@ class Model:
 
     def start(self, shared):
         """Start a lifespan, unless there are two, perhaps on the loop of another."""
-        hosts = [each for each in self.alive() if not (each.host or each.stopped)]
+        hosts = [each for each in self.alive() if not each.host]
         if len(self.alive()) < 2:
             host = hosts[0] if hosts and shared else None
             Lifespan(self, host=host, grace=self.grace)
