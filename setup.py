@@ -30,6 +30,7 @@ EXTRAS = {
     "test": [
         "coverage>=7.10",
         "daphne",
+        "django-structlog",
         "django-tasks-db",
         # Django 5.2 has no django.tasks, and Python 3.11 gets no newer Django. Under 3.12
         # and 3.13 it is tested without Tasks: django-tasks-rq requires the backport.

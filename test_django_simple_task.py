@@ -2269,6 +2269,51 @@ def test_structlog_and_sentry_find_what_belongs_to_a_job():
     assert done.stdout.splitlines() == sum(expected, []), done.stderr
 
 
+def test_django_structlog_has_the_ids_of_the_request_in_the_lines_of_its_jobs():
+    """Context: what is said. By structlog's variables, as its middleware binds them."""
+    pytest.importorskip("django_structlog", reason="django-structlog is not installed")
+    done = run_script(
+        """
+        from django.http import HttpResponse
+        from django.test import Client
+        from django.urls import path
+        from structlog.contextvars import get_contextvars
+
+        def fail():
+            raise ValueError
+
+        async def afail():
+            fail()
+
+        def view(request):
+            ids.append(get_contextvars()["request_id"])
+            for job in fail, afail:
+                defer(job, options={"max_attempts": 2, "backoff": 0})
+            return HttpResponse()
+
+        class Kept(logging.Handler):
+            def emit(self, record):
+                kept.append((record.levelname, get_contextvars().get("request_id")))
+
+        ids, kept, urlpatterns = [], [], [path("", view)]
+        logger = logging.getLogger("django_simple_task")
+        logger.addHandler(Kept(logging.WARNING))
+        for _ in range(2):
+            Client().get("/")
+        assert join(30)
+        expected = [(level, id) for level in ("ERROR", "WARNING") for id in ids * 2]
+        assert ids[0] != ids[1] and sorted(kept) == sorted(expected), kept
+        """,
+        dev=False,
+        ALLOWED_HOSTS=["*"],
+        INSTALLED_APPS=["django_simple_task", "django_structlog"],
+        MIDDLEWARE=["django_structlog.middlewares.RequestMiddleware"],
+        ROOT_URLCONF="__main__",
+        SECRET_KEY="x",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # Around each job
 
 
