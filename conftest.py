@@ -231,12 +231,21 @@ def oracles():
 def lines():
     """Collect the records of our logger that are about a job, from DEBUG on."""
     ledger = Ledger()
+    with heard(
+        lambda record: hasattr(record, "job") and ledger.note(record), logging.DEBUG
+    ):
+        yield ledger
+
+
+@contextlib.contextmanager
+def heard(note, level):
+    """Have a function called with the records of our logger, from a level on."""
     handler = logging.Handler()
-    handler.emit = lambda record: hasattr(record, "job") and ledger.note(record)
+    handler.emit = note
     logger = logging.getLogger("django_simple_task")
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield ledger
+    logger.setLevel(level)
+    yield
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
 
@@ -270,14 +279,8 @@ class Said(Ledger):
 def said():
     """Collect what our logger says, from INFO on."""
     said = Said()
-    handler = logging.Handler()
-    handler.emit = said.note
-    logger = logging.getLogger("django_simple_task")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield said
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
+    with heard(said.note, logging.INFO):
+        yield said
 
 
 @pytest.hookimpl(tryfirst=True)

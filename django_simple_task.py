@@ -1442,6 +1442,11 @@ class _Process:
         with self.lock:
             return [job for job, by in self.in_flight.items() if by is worker]
 
+    def held_in(self, pool: _Pool) -> list[_Job]:
+        with self.lock:
+            holders = self.in_flight.items()
+            return [job for job, by in holders if by is not None and by.pool is pool]
+
     # What there is to see
 
     def stats(self) -> dict[str, int]:
@@ -1632,9 +1637,12 @@ class _Lane:
     def clean(self) -> None:
         """In the thread: leave nothing of a job to the next one."""
         self.latest = self._latest_call = None
+        self.clean_connections()
+        _forget_loops()
+
+    def clean_connections(self) -> None:
         if self.connections:
             _clean_connections()
-        _forget_loops()
 
     def end(self) -> None:
         """Let the thread end when it has done what it was called for."""
@@ -1688,8 +1696,8 @@ class _Worker:
 
     def run(self, job: _Job | None) -> None:
         """Run jobs until one belongs on the loop, or none is left."""
-        if job is not None and self.lane.connections:
-            _clean_connections()  # which may have grown too old meanwhile
+        if job is not None:
+            self.lane.clean_connections()  # which may have grown too old meanwhile
         until = monotonic() + _SLICE
         while job is not None:
             if job in _process.in_flight:  # else a drain gave it up on its way
@@ -1710,8 +1718,7 @@ class _Worker:
         self.lane.clean()
         if not job.is_silent():
             delay = job.end()
-            if self.lane.connections:  # of receivers and handlers
-                _clean_connections()
+            self.lane.clean_connections()  # of receivers and handlers
         return _process.settle_and_take(self, job, delay)
 
     def finish_and_run(self, job: _Job) -> None:
@@ -1719,9 +1726,9 @@ class _Worker:
         self.run(self.finish(job))
 
     def carry_to_loop(self, job: _Job) -> None:
-        if self.pool.call(self.continue_on_loop, job):
-            job.carried = True
-        else:
+        with _process.lock:  # or the loop might have let go of it first
+            job.carried = carried = self.pool.call(self.continue_on_loop, job)
+        if not carried:
             job.drop_awaitable()
             self.pool.bury()
 
@@ -1934,8 +1941,8 @@ class _Pool:
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            for job, worker in [*_process.in_flight.items()]:
-                if worker is not None and worker.pool is self and job.is_for_loop():
+            for job in _process.held_in(self):
+                if job.is_for_loop():
                     loss.claim_in_flight(job)
         self.workers[0].lane.call(loss.say, math.inf)
         self.end_lanes()
@@ -2007,10 +2014,7 @@ class _Background(_Pool):
 
     def leave(self) -> None:
         super().leave()
-        if not any(
-            worker is not None and worker.pool is self
-            for worker in _process.in_flight.values()
-        ):
+        if not _process.held_in(self):
             self.end_lanes()
             self.stop()
 
@@ -2039,11 +2043,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
                     _process.wake(job)
             else:
                 pool.withdraw()
-            flying = [
-                job
-                for job, worker in _process.in_flight.items()
-                if alone or (worker is not None and worker.pool is pool)
-            ]
+            flying = [*_process.in_flight] if alone else _process.held_in(pool)
             pending = _process.queue.pending() if alone else 0
             late = now >= pool.deadline
             if late or not (flying or pending):
@@ -2094,10 +2094,14 @@ def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> None:
             in_flight=len(flying),
         )
 
+    _in_thread_or_here(say)
+
+
+def _in_thread_or_here(function: Callable[[], None]) -> None:
     try:
-        _start_thread(say)
+        _start_thread(function)
     except RuntimeError:  # the interpreter is shutting down
-        say()
+        function()
 
 
 def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
@@ -2110,10 +2114,7 @@ def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
         done.set()
         _process.notify()
 
-    try:
-        _start_thread(call)
-    except RuntimeError:  # the interpreter is shutting down
-        call()
+    _in_thread_or_here(call)
     while not done.is_set() and monotonic() < until:
         yield until
 
@@ -2184,7 +2185,6 @@ class _Loss:
                     self.lose(job)
         until = began + _LAST_WORDS
         if self.jobs():
-            self.untold.extend(job for job in self.jobs() if job.observed)
             yield from _in_spare_thread(functools.partial(self.say, until), until)
             if self.untold:
                 yield from _in_spare_thread(self.say_untold, monotonic() + 0.1)
@@ -2206,6 +2206,7 @@ class _Loss:
                         self.moved.append(job)
 
     def say(self, until: float) -> None:
+        self.untold.extend(job for job in self.jobs() if job.observed)
         for job, seconds in self.in_flight:
             job.tell(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
         by_name: dict[str, list[_Job]] = {}

@@ -1273,6 +1273,7 @@ async def ajob():
     job()
 
 threading.excepthook = lambda args: None
+sys.setswitchinterval(1e-6)  # between threads, wherever they are
 while step <= seen and step < 200:
     step += 1
     defer(ajob if "async" in {kind!r} else job)
@@ -1281,7 +1282,7 @@ while step <= seen and step < 200:
     assert join(10), (step, stats())
 now = stats()
 assert now["accepted"] == now["succeeded"] + now["failed"] == 2 * step, now
-assert step > 5
+assert step > 3
 """,
         **NO_HANG,
     )
@@ -4915,6 +4916,39 @@ def test_the_end_of_what_is_lost_or_handed_over_is_told(no_server):
     assert since(before) == {"accepted": 6, "handed_over": 1, "lost": 5}
     assert sorted(each.id for each in told) == sorted(each.id for each in left)
     assert {each.status for each in told} == {HAS_FAILED}
+
+
+def test_the_end_of_what_is_lost_with_its_loop_is_told(no_server):
+    """django.tasks: signals. Also when that was closed without a shutdown."""
+    script = run_script(
+        """
+        async def wait():
+            started.set()
+            await asyncio.Event().wait()
+
+        async def begin():
+            server = Server(django_simple_task_middleware(plain_app))
+            await server.startup()
+            task.enqueue()
+            while not started.is_set():
+                await asyncio.sleep(0)
+
+        started, told = threading.Event(), Ledger()
+        task = tasks_package().task(wait)
+        signals = importlib.import_module(f"{tasks_package().__name__}.signals")
+        receiver = lambda task_result, **kwargs: told.note(task_result.status)
+        signals.task_finished.connect(receiver)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        defer(print)  # which finds that nobody serves
+        told.wait(1)
+        assert told.runs == ["FAILED"] and stats()["lost"] == 1, (told.runs, stats())
+        """,
+        before="import importlib\nfrom conftest import *\n",
+        TASKS={"default": TASKS["default"]},
+    )
+    assert script.returncode == 0, script.stderr
 
 
 def test_a_receiver_that_hangs_at_the_end(no_server, said):
