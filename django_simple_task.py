@@ -1340,7 +1340,7 @@ class _Process:
             if job.on_loop:
                 worker.pool.call(worker.work_on_loop)
             else:
-                worker.lane.call(worker.work)
+                worker.call(worker.work)
             # Only now: interrupted before, the next job wakes it, perhaps once more.
             self.idle.pop(worker, None)
 
@@ -1581,17 +1581,20 @@ _OUTCOMES = "succeeded", "failed", "lost", "handed_over"
 # Workers
 
 
-class _Lane:
+class _Worker:
     """
-    A worker's thread: for its sync jobs, for what is said of its jobs, and for the ORM
-    calls of those on the loop. To asgiref it is a thread-sensitive context's executor.
+    Takes job after job and runs it, on the loop or in a thread of its own; at any time
+    it is in one of the two, or idle. The thread is also for what is said of its jobs,
+    and for the ORM calls of those on the loop: to asgiref it is an executor.
 
-    It is a daemon of our own, for a thread of an executor holds the exit of the process
-    while a job hangs in it.
+    The thread is a daemon, for one of an executor holds the exit of the process while a
+    job hangs in it.
     """
 
-    def __init__(self, worker: _Worker) -> None:
-        self.worker = worker
+    def __init__(self, pool: _Pool, name: str) -> None:
+        self.pool = pool
+        self.name = name
+        self.resting = True
         # The thread's connections by alias; Django's dict: a look costs nothing.
         self.connections: Mapping[str, Any] = {}
         # Of the job on the loop: its latest call.
@@ -1603,14 +1606,14 @@ class _Lane:
         # By which asgiref finds it, for the ORM calls of a job on the loop.
         self.sensitive = ThreadSensitiveContext()
         _thread_executors[self.sensitive] = self
-        self.thread = _start_thread(self._run, worker.name)
+        self.thread = _start_thread(self._serve, name)
 
     def call(self, *call: Any) -> None:
         """Have the thread call a function with arguments. It should not raise."""
         self._calls.put(call)
         if not self.thread.is_alive():  # it has died; or has ended, and is asked again
             self._interruption = RuntimeError("The thread of the worker has died.")
-            self.thread = _start_thread(self._run, self.worker.name)
+            self.thread = _start_thread(self._serve, self.name)
 
     def submit(
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -1630,35 +1633,29 @@ class _Lane:
         """Tell whether a call is open that the job on the loop has made."""
         return self.latest is not None and not self.latest.done()
 
-    def clean(self) -> None:
-        """In the thread: leave nothing of a job to the next one."""
-        self.latest = self._latest_call = None
-        self.clean_connections()
-        _forget_loops()
-
-    def clean_connections(self) -> None:
-        if self.connections:
-            _clean_connections()
-
     def end(self) -> None:
         """Let the thread end when it has done what it was called for."""
         self.ended = True
         _thread_executors.pop(self.sensitive, None)  # or it would live for ever
         self._calls.put(None)
 
-    def _run(self) -> None:
+    # In the thread
+
+    def _serve(self) -> None:
         self.connections = _connections_here()
-        _belong_to(self.worker.pool.loop)
-        while True:
+        _belong_to(self.pool.loop)
+        call: tuple[Any, ...] | None = ()
+        while call is not None:
             try:
                 error, self._interruption = self._interruption, None
                 if error is not None and not self.ended:
-                    self.worker.recover(error)
+                    self.recover(error)
                 del error  # or it would live, with all its frames, until the next one
-                self._serve()
-                break
+                while (call := self._calls.get()) is not None:
+                    call[0](*call[1:])
+                    call = ()  # or it would keep a job alive while the thread waits
             except BaseException as error:  # injected by a job, or memory that ran out
-                self._interruption = error
+                self._interruption, call = error, ()
                 if self.hangs():  # perhaps its call was hit; twice does no harm
                     self._calls.put(self._latest_call)
         _close_connections()
@@ -1666,25 +1663,9 @@ class _Lane:
         self.gone = True
         _process.notify()
 
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call[0](*call[1:])
-            del call  # or it would keep a job alive while the thread waits
-
-
-class _Worker:
-    """
-    Takes job after job and runs it, on the loop or in its lane; at any time it is in
-    one of the two, or idle.
-    """
-
-    def __init__(self, pool: _Pool, number: int) -> None:
-        self.pool = pool
-        self.name = f"{_LABEL}-{os.getpid()}-{number}"
-        self.resting = True
-        self.lane = _Lane(self)
-
-    # In the lane
+    def clean_connections(self) -> None:
+        if self.connections:
+            _clean_connections()
 
     def work(self) -> None:
         """Take what waits, if idle."""
@@ -1693,7 +1674,7 @@ class _Worker:
     def run(self, job: _Job | None) -> None:
         """Run jobs until one belongs on the loop, or none is left."""
         if job is not None:
-            self.lane.clean_connections()  # which may have grown too old meanwhile
+            self.clean_connections()  # which may have grown too old meanwhile
         until = monotonic() + _SLICE
         while job is not None:
             if job in _process.in_flight:  # else a drain gave it up on its way
@@ -1709,12 +1690,17 @@ class _Worker:
                 until = monotonic() + _SLICE
 
     def finish(self, job: _Job) -> _Job | None:
-        """Record how an attempt ended, and tell. Return the next job."""
+        """
+        Record how an attempt ended, and tell. Return the next job, to which nothing of
+        this one is left.
+        """
         delay = None
-        self.lane.clean()
+        self.latest = self._latest_call = None
+        self.clean_connections()
+        _forget_loops()
         if not job.is_silent():
             delay = job.end()
-            self.lane.clean_connections()  # of receivers and handlers
+            self.clean_connections()  # of receivers and handlers
         return _process.settle_and_take(self, job, delay)
 
     def finish_and_run(self, job: _Job) -> None:
@@ -1754,20 +1740,20 @@ class _Worker:
             self.recover_from_loop(error)
 
     def run_on_loop(self, job: _Job | None) -> None:
-        """Run jobs until one waits, or belongs in the lane, or none is left."""
+        """Run jobs until one waits, or belongs in the thread, or none is left."""
         until = monotonic() + _SLICE
         while job is not None:
             if job not in _process.in_flight:
                 job.drop_awaitable()
-                if job.outcome != "lost":  # it was recovered meanwhile, in the lane
+                if job.outcome != "lost":  # it was recovered meanwhile, in the thread
                     return
                 job = _process.settle_and_take(self, job)
                 continue
             if job.to_announce or not (job.on_loop or job.awaitable is not None):
-                return self.lane.call(self.run, job)
+                return self.call(self.run, job)
             job.carried = True
             job.task = task = asyncio.Task(
-                job.arun(self.lane.sensitive),
+                job.arun(self.sensitive),
                 loop=self.pool.loop,
                 name=job.name,
                 context=job.scope,
@@ -1792,25 +1778,30 @@ class _Worker:
         """Go on if memory ran out on the loop, or if a signal handler raised there."""
         for job in _process.held_by(self):
             job.carried = False
-        self.lane.call(self.recover, error)
+        self.call(self.recover, error)
         if not isinstance(error, Exception):
             raise error
 
     def next_on_loop(self, job: _Job) -> _Job | None:
-        """Return the next job, if there is nothing to be done in the lane before."""
-        if self.lane.latest is None and job.on_loop and job.is_silent():
+        """Return the next job, if there is nothing to be done in the thread before."""
+        if self.latest is None and job.on_loop and job.is_silent():
             return _process.settle_and_take(self, job)
-        if self.lane.hangs():
-            self.replace_lane()
-        self.lane.call(self.finish_and_run, job)
+        worker = self.replace(job) if self.hangs() else self
+        worker.call(worker.finish_and_run, job)
         return None
 
-    def replace_lane(self) -> None:
-        """Leave a thread behind in which a call hangs that nobody waits for."""
-        hung = self.lane
+    def replace(self, job: _Job) -> _Worker:
+        """Leave the thread behind, as a call hangs there that nobody waits for."""
         with _reported("No thread can be started in the place of one that hangs."):
-            self.lane = _Lane(self)
-            hung.end()
+            worker = _Worker(self.pool, self.name)
+            worker.resting = False
+            with _process.lock:
+                self.pool.workers[self.pool.workers.index(self)] = worker
+                if job in _process.in_flight:
+                    _process.in_flight[job] = worker
+            self.end()
+            return worker
+        return self
 
 
 # At once, not at the loop's next turn, which costs more than most jobs.
@@ -1864,7 +1855,7 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
         return
     with _process.lock:
         for worker in _process.idle:
-            worker.lane.call(_close_connections)
+            worker.call(_close_connections)
     if _process.shares_thread:
         with contextlib.suppress(RuntimeError, AttributeError):  # at the end
             SyncToAsync.single_thread_executor.submit(connections.close_all)
@@ -1885,15 +1876,16 @@ class _Pool:
     def start_threads(self) -> None:
         try:
             for number in range(1, _setting("WORKERS") + 1):
-                self.workers.append(_Worker(self, number))
+                name = f"{_LABEL}-{os.getpid()}-{number}"
+                self.workers.append(_Worker(self, name))
         except BaseException:
-            self.end_lanes()
+            self.end_workers()
             raise
 
     def begin(self) -> None:
         """Take what waits."""
         for worker in self.workers:
-            worker.lane.call(worker.work)
+            worker.call(worker.work)
         self.call(self.set_timer)
 
     def call(self, function: Callable[..., Any], *args: Any) -> bool:
@@ -1943,28 +1935,28 @@ class _Pool:
             for job in _process.held_in(self):
                 if job.is_for_loop():
                     loss.claim_in_flight(job)
-        self.workers[0].lane.call(loss.say, math.inf)
-        self.end_lanes()
+        self.workers[0].call(loss.say, math.inf)
+        self.end_workers()
 
     def ends_with_process(self) -> bool:
         """Tell whether Python does not wait for the thread of the loop."""
         return self.thread.daemon or not self.loop.is_running()
 
-    def end_lanes(self) -> None:
+    def end_workers(self) -> None:
         for worker in self.workers:
-            worker.lane.end()
+            worker.end()
 
     def end_threads(self) -> _Waiting:
         """Let the threads end; one in which a job hangs is left behind."""
         self.call(self.set_timer)  # which ends it
-        self.end_lanes()
+        self.end_workers()
         until = monotonic() + _PATIENCE
-        while not all(worker.lane.gone for worker in self.workers):
+        while not all(worker.gone for worker in self.workers):
             if monotonic() >= until:
                 return
             yield until
         for worker in self.workers:
-            worker.lane.thread.join(_PATIENCE)
+            worker.thread.join(_PATIENCE)
 
 
 class _Background(_Pool):
@@ -1989,7 +1981,7 @@ class _Background(_Pool):
         """Leave no thread and no loop behind."""
         with _process.lock:
             self.withdraw()
-        self.end_lanes()
+        self.end_workers()
         if any(thread.name == self.name for thread in threading.enumerate()):
             self.stop()  # it was started, though perhaps not noted
         else:
@@ -2014,7 +2006,7 @@ class _Background(_Pool):
     def leave(self) -> None:
         super().leave()
         if not _process.held_in(self):
-            self.end_lanes()
+            self.end_workers()
             self.stop()
 
     def stop(self) -> None:
