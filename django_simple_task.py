@@ -754,17 +754,16 @@ class _Job:
             self.tell(self.tell_end, error)
         return delay
 
-    def tell(self, function: Callable[..., None], *args: Any, **fields: Any) -> None:
+    def tell(
+        self, function: Any, *args: Any, within: Context | None = None, **fields: Any
+    ) -> None:
         """
         Say something about the job in its context; in a copy, since that may still be
         entered, by what the job has left behind. What is raised ends no worker.
         """
-        context = (self.scope if self.attempt else self.context).copy()
-        self.tell_in(context, function, *args, **fields)
-
-    def tell_in(
-        self, context: Context, function: Any, *args: Any, **fields: Any
-    ) -> None:
+        context = within
+        if context is None:
+            context = (self.scope if self.attempt else self.context).copy()
         try:
             context.run(_enter_and_call, context, function, *args, **fields)
         except BaseException as error:
@@ -1267,9 +1266,6 @@ class _Queue:
             level.clear()
         return jobs + _pop_until(self.retries, math.inf)
 
-    def clear_scheduled(self) -> list[_Job]:
-        return _pop_until(self.scheduled, math.inf)
-
 
 def _pop_until(heap: list[tuple[float, int, _Job]], until: float) -> list[_Job]:
     jobs = []
@@ -1306,7 +1302,10 @@ class _Process:
         """Queue a job, and wake an idle worker. Raise QueueFull unless it has asked."""
         while True:
             with self.lock:
-                if self.someone_serves():
+                for pool in self.pools:
+                    if pool.loop.is_closed():  # without a word
+                        pool.bury()
+                if self.pools:
                     if not asked:
                         self.check_room()
                     if delay is not None:
@@ -1357,12 +1356,6 @@ class _Process:
         with self.lock:
             for job in self.queue.advance(monotonic()):
                 self.wake(job)
-
-    def someone_serves(self) -> bool:
-        for pool in self.pools:
-            if pool.loop.is_closed():  # without a word
-                pool.bury()
-        return bool(self.pools)
 
     # Jobs are taken, and settled
 
@@ -2133,7 +2126,7 @@ class _Loss:
         for job in in_flight:
             self.claim_in_flight(job)
         if scheduled:
-            waiting = waiting + _process.queue.clear_scheduled()
+            waiting = waiting + _pop_until(_process.queue.scheduled, math.inf)
         for job in waiting:
             if job.movable and not job.attempt:
                 self.moving[job] = _process.in_flight[job] = None
@@ -2281,7 +2274,9 @@ def django_simple_task_middleware(app: Any, *, asgi_version: int = 3) -> Any:
     if not callable(app):
         raise TypeError(f"app must be an ASGI application, not {type(app).__name__}.")
     middleware = _Middleware(app)
-    return middleware if asgi_version == 3 else middleware.as_asgi_2
+    if asgi_version == 3:
+        return middleware
+    return lambda scope: functools.partial(middleware, scope)
 
 
 def django_simple_task_middlware(app: Any, *, asgi_version: int = 3) -> Any:
@@ -2304,9 +2299,6 @@ class _Middleware:
         else:
             _process.requests_seen = True
             await self.app(scope, receive, send)
-
-    def as_asgi_2(self, scope: Any) -> Any:
-        return functools.partial(self, scope)
 
 
 class _Lifespan:
@@ -2731,7 +2723,7 @@ class _TaskJob(_Job):
             worker_ids=[*self.fields["worker_ids"], worker],
         )
         # In the attempt's own context: what a receiver sets there, the job sees.
-        self.tell_in(self.scope, self.tell_start)
+        self.tell(self.tell_start, within=self.scope)
 
     def tell_start(self) -> None:
         _send(tasks.signals.task_started, self, self.snapshot())
