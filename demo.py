@@ -173,7 +173,7 @@ def index(request):
     files, job = request.FILES, request.POST.get("job")
     if job in JOBS:
         JOBS[job]()
-        return HttpResponseRedirect("/")
+        return HttpResponseRedirect("/#live")
     if job == "sample":
         files = {"file": ContentFile(b"Ada,ada@example.com\n" * 120, "sample.csv")}
     form = ImportForm(request.POST or None, files or None)
@@ -182,7 +182,7 @@ def index(request):
         file = form.cleaned_data["file"]
         key = default_storage.save("upload", file)
         start(f"Import {file.name}", import_rows, key)
-        return HttpResponseRedirect("/")
+        return HttpResponseRedirect("/#live")
     context = {"form": form, "stats": stats(), "jobs": Job.objects.order_by("-pk")[:10]}
     page = PAGE.render(context, request)
     return HttpResponse(page, status=400 if form.errors else 200)
@@ -199,21 +199,21 @@ PAGE = engines["django"].from_string("""<!doctype html><html lang="en"><meta cha
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit } b, h1, h2, dd { font-weight: 600 }
 html { color-scheme: light dark; --green: light-dark(#0c6a48, #5ccb9a); background: #8882;
   font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere } h1 { font-size: 1.6rem }
-body { max-width: 70rem; margin: auto; padding: 1rem } body, section, form { display: grid; gap: .7rem }
-form, ul, dl, p { background: Canvas; border: 1px solid #8885; border-radius: .6rem; padding: .8rem }
+body { max-width: 70rem; margin: auto; padding: 1rem } body, section, form, article { display: grid; gap: .7rem }
+form, article, p { background: Canvas; border: 1px solid #8885; border-radius: .6rem; padding: .8rem }
 button, ::file-selector-button { background: none; color: var(--green); border: 1px solid; border-radius: .4rem;
   padding: .4rem .7rem; text-align: left; cursor: pointer } ::file-selector-button { margin-right: .6rem }
 .main { background: var(--green); color: Canvas } input, progress, small { display: block; width: 100% }
-small, dt, li span { font-size: .875rem; opacity: .8 } ul { padding: 0; list-style: none }
-li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .8rem; padding: .45rem .8rem;
+small, dt, li span { font-size: .875rem; opacity: .8 } ul { list-style: none } li progress, li small { grid-column: 1 / 3 }
+li { display: grid; grid: auto / 1fr auto; align-items: baseline; gap: .1rem .8rem; padding: .45rem .8rem;
   border-left: .3rem solid var(--tone, #8885); accent-color: var(--tone) } li + li { border-top: 1px solid #8885 }
 .running { --tone: #3b82f6 } .retrying { --tone: #d08a1d } .done { --tone: #1f9d6b } .failed { --tone: #dc4040 }
 .errorlist li, #away { background: #a31f1f; color: #fff; padding: .8rem; border: 0; border-radius: .5rem }
-#away { position: fixed; inset: auto .8rem .8rem } body:not(.away) #away { display: none }
-.away form, .away #live { opacity: .4; pointer-events: none }
+#away { position: fixed; inset: auto .8rem .8rem; max-width: 68rem; margin: auto } .away { padding-bottom: 7rem }
+body:not(.away) #away { display: none } .away form, .away #live { opacity: .4; pointer-events: none }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); gap: .3rem }
 @media (min-width: 50rem) { body { grid: auto auto 1fr / 21rem 1fr; align-items: start }
-  header { grid-column: 1 / 3 } #live { grid-area: 2 / 2 / 4 } }</style><link rel="icon" href="data:,">
+  header { grid-column: 1 / 3 } #live { grid-area: 2 / 2 / 4 } } #live { scroll-margin: 6rem }</style><link rel="icon" href="data:,">
 <header><h1>django-simple-task</h1>This server runs its jobs itself: async ones on its event loop,
 sync ones in threads beside it.</header>
 <section><form method="post" enctype="multipart/form-data">{% csrf_token %}<h2>Import a file</h2>
@@ -224,14 +224,14 @@ sync ones in threads beside it.</header>
 <button name="job" value="fetch">Fetch five slow pages<small>async: on the loop, all at once</small></button>
 <button name="job" value="flaky">Call a flaky service<small>sync: fails twice, is tried again</small></button>
 <button name="job" value="report">Write a report<small>sync: a Task of django.tasks</small></button></form></section>
-<section id="live"><ul>{% for job in jobs %}<li class="job {{ job.state }}">
+<section id="live"><article><h2>The last ten jobs</h2><ul>{% for job in jobs %}<li class="job {{ job.state }}">
 <b title="{{ job.name }}">{{ job.name|truncatechars:60 }}</b><span>{{ job.state }}</span>
 {% if job.done %}<progress value="{{ job.done }}" max="{{ job.total }}"></progress>{% endif %}
-<small>{{ job.detail }}</small></li>{% empty %}<li>No job yet: import the sample.</li>{% endfor %}</ul>
-<dl>{% for name, number in stats.items %}<div><dt>{{ name }}</dt><dd id="{{ name }}">{{ number }}</dd></div>
-{% endfor %}</dl></section><p><b>Ctrl-C</b> in the terminal drains: the server takes no more requests,
+<small>{{ job.detail }}</small></li>{% empty %}<li>None yet: import the sample.</li>{% endfor %}</ul></article>
+<article><h2>stats()</h2><dl>{% for name, number in stats.items %}<div><dt>{{ name }}</dt><dd id="{{ name }}">{{ number }}</dd></div>
+{% endfor %}</dl></article></section><p><b>Ctrl-C</b> in the terminal drains: the server takes no more requests,
 and finishes the jobs that wait or run, for at most 25 seconds. Try it during an import.</p>
-<div id="away">The server does not answer. After Ctrl-C it finishes its jobs: watch the terminal.</div><script>
+<div id="away">The server takes no more requests. After Ctrl-C it finishes its jobs: watch the terminal.</div><script>
 setInterval(async () => {
   const text = await fetch("/").then(answer => answer.ok ? answer.text() : "").catch(() => "")
   const page = new DOMParser().parseFromString(text, "text/html")

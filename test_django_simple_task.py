@@ -7805,7 +7805,8 @@ def readme_blocks(language):
 
 
 # Each block stands on a stage: a script named shop, with stubs before the block and a
-# look at the outcome after it. Without `# BLOCK` the block is of settings.
+# look at the outcome after it. Without `# BLOCK` the block is of settings, on top of those
+# that "Install" shows.
 STAGES = r"""
 ## django-simple-task
 send_welcome = runs.append
@@ -7814,7 +7815,12 @@ assert signup(None) == "home"
 assert join(10) and runs == [7]
 ## Install
 assert django.apps.apps.get_app_config("django_simple_task")
+result = add.enqueue(1, 2)
+assert join(10)
+result.refresh()
+assert result.return_value == 3
 ## Install
+from django.core.asgi import get_asgi_application
 # BLOCK
 async def serve():
     server = Server(application)
@@ -7823,11 +7829,6 @@ async def serve():
     assert await server.shutdown() == {"type": "lifespan.shutdown.complete"}
 asyncio.run(serve())
 assert runs == [1]
-## Install
-result = add.enqueue(1, 2)
-assert join(10)
-result.refresh()
-assert result.return_value == 3
 ## Deferring
 save_photo, forget = create_user, runs.append
 make_thumbnail = lambda pk, width: runs.append((pk, width))
@@ -7839,9 +7840,9 @@ assert stats()["scheduled"] == 1
 use(QUEUE_MAXSIZE=1)
 assert upload(None).status_code == 503
 ## django.tasks
+user = create_user(None)
 # BLOCK
-result = send_welcome.get_result(signup(None))
-defer(send_welcome, {"args": [7]})
+defer(send_welcome, {"args": [user.pk]})
 assert join(10)
 result.refresh()
 assert (result.status, result.task.priority) == ("SUCCESSFUL", 10)
@@ -7861,23 +7862,21 @@ def job(customer):
     sentry_sdk.set_tag(customer, 1)
     sentry_sdk.capture_message(customer)
 async def ajob(customer): job(customer)
+def divide(number): 1 / number
+async def adivide(number): 1 / number
 # BLOCK
-use(AROUND_JOB="shop.around_job")
+from prometheus_client import REGISTRY
+use(AROUND_JOB="shop.sentry_scope")
 sentry_sdk.init("http://key@host/1", transport=Kept, default_integrations=False)
 for customer, function in {"A": job, "B": ajob, "C": job}.items():
     defer(function, {"args": [customer]})
 assert join(10) and runs == [("A", "A"), ("B", "B"), ("C", "C")], runs
-## Around each job
-from prometheus_client import REGISTRY
-def job(number): 1 / number
-async def ajob(number): 1 / number
-# BLOCK
-use(AROUND_JOB="shop.around_job")
+use(AROUND_JOB="shop.failures_metric")
 logging.disable()
-for each, number in (job, 0), (job, 1), (ajob, 0), (ajob, 1):
+for each, number in (divide, 0), (divide, 1), (adivide, 0), (adivide, 1):
     defer(each, {"args": [number]}, options={"max_attempts": 3, "backoff": 0})
 assert join(10)
-for name in "shop.job", "shop.ajob":
+for name in "shop.divide", "shop.adivide":
     assert REGISTRY.get_sample_value("job_failures_total", {"job": name}) == 3
 ## Around each job
 from contextvars import copy_context
@@ -8008,7 +8007,9 @@ def staged(stage, block):
     """Return the script with the block in its place, and the settings it shows."""
     if place := re.search(r"(?m)^( *)# BLOCK$", stage):
         return stage.replace(place[0], textwrap.indent(block, place[1])), {}
-    exec(block.replace("django.tasks", tasks_package().__name__), namespace := {})
+    first = next(code for section, code in SHOWN if section == "Install")
+    shown = (first + block).replace("django.tasks", tasks_package().__name__)
+    exec(shown, namespace := {})
     return stage, {name: namespace[name] for name in namespace if name.isupper()}
 
 
@@ -8024,9 +8025,10 @@ def test_what_readme_shows_runs(case, tmp_path):
 def test_what_readme_puts_around_each_job(case, tmp_path, request):
     """README: around each job. Its blocks, with Sentry, Prometheus and tenants."""
     script, _ = staged(*CASES[case])
-    library = re.search("sentry_sdk|prometheus_client|django_tenants", script)[0]
-    pytest.importorskip(library)
-    if library == "django_tenants":
+    used = set(re.findall("sentry_sdk|prometheus_client|django_tenants", script))
+    for library in used:
+        pytest.importorskip(library)
+    if "django_tenants" in used:
         kept = {"ENGINE": "django_tenants.postgresql_backend", "CONN_MAX_AGE": 600}
         apps = ["django_simple_task", "django.contrib.contenttypes"]
         postgresql = request.getfixturevalue("postgresql")
@@ -8170,6 +8172,7 @@ def test_the_changes_begin_with_this_version():
 def test_one_command_runs_the_tests():
     """README: blocks run. The section of the tests has one, the command CI runs."""
     assert "```python" in README.splitlines()[:14]
+    assert len(README.splitlines()) <= 450
     (section,) = re.findall(r"\n## Run the tests\n([^#]+)\n## ", README)
     assert section.count("```") == 2
     assert "-m pytest -n 2" in section
