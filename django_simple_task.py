@@ -1182,7 +1182,10 @@ def _reported(what: str) -> Iterator[None]:
 #   beside it. So nothing moves from place to place, and order needs no code.
 # - One lock. What threads share is changed under it, and only for as long as a few
 #   lines take; nothing is called under it that may block, or that is not ours. It can
-#   be entered again, as a signal handler or a `__del__` may defer in the middle.
+#   be entered again, as a signal handler or a `__del__` may defer in the middle. A loop
+#   with an `if` stands not in its `with`, but in a function that is called there: to
+#   jump back CPython leaves the `with` for a moment, and if a signal handler raised
+#   then, the lock would stay taken.
 # - A job is in one account. It waits, or it is in flight, or it is settled: each change
 #   is one step under the lock, and what was accepted is the sum of all. Whoever sets
 #   its outcome first, its worker or a drain, has it told; it is in flight until then.
@@ -1302,10 +1305,7 @@ class _Process:
         """Queue a job, and wake an idle worker. Raise QueueFull unless it has asked."""
         while True:
             with self.lock:
-                for pool in self.pools:
-                    if pool.loop.is_closed():  # without a word
-                        pool.bury()
-                if self.pools:
+                if self.someone_serves():
                     if not asked:
                         self.check_room()
                     if delay is not None:
@@ -1427,14 +1427,10 @@ class _Process:
                 del self.in_flight[job]
             return self.take(worker)
 
-    def held_by(self, worker: _Worker) -> list[_Job]:
+    def held_by(self, *workers: _Worker) -> list[_Job]:
         with self.lock:
-            return [job for job, by in self.in_flight.items() if by is worker]
-
-    def held_in(self, pool: _Pool) -> list[_Job]:
-        with self.lock:
-            holders = self.in_flight.items()
-            return [job for job, by in holders if by is not None and by.pool is pool]
+            flying = [*self.in_flight.items()]
+        return [job for job, worker in flying if worker in workers]
 
     # What there is to see
 
@@ -1484,26 +1480,35 @@ class _Process:
 
     # Who serves
 
+    def someone_serves(self) -> bool:
+        for pool in self.pools:
+            if pool.loop.is_closed():  # without a word
+                pool.bury()
+        return bool(self.pools)
+
     def serve(self) -> _Pool:
         """Let the running loop serve. What the background has in flight ends there."""
         self.prepare()
         loop = asyncio.get_running_loop()
         with self.lock:
-            for pool in self.pools:
-                if pool.loop is loop and pool.lifespans > 0:  # else it is ending
-                    pool.lifespans += 1
-                    return pool
+            pool = self.pool_of(loop)
+            if pool is not None:
+                pool.lifespans += 1
+                return pool
         pool = _Pool(loop)
         pool.start_threads()
         with self.lock:
-            backgrounds = [each for each in self.pools if isinstance(each, _Background)]
-            for background in backgrounds:
-                background.withdraw()
             self.pools = (*self.pools, pool)
-            for background in backgrounds:
-                background.leave()
+            for each in self.pools:
+                each.give_way()
         pool.begin()
         return pool
+
+    def pool_of(self, loop: asyncio.AbstractEventLoop) -> _Pool | None:
+        for pool in self.pools:
+            if pool.loop is loop and pool.lifespans > 0:  # else it is ending
+                return pool
+        return None
 
     def start_background(self) -> None:
         """Serve without a lifespan."""
@@ -1551,10 +1556,9 @@ class _Process:
 
     def pools_to_end(self) -> list[_Pool]:
         """Return what serves and ends with the process; without any, end for good."""
-        with self.lock:
-            left = [pool for pool in self.pools if pool.ends_with_process()]
-            self.exiting = not left
-            return left
+        left = [pool for pool in self.pools if pool.ends_with_process()]
+        self.exiting = not left
+        return left
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
@@ -1785,6 +1789,7 @@ class _Worker:
 
     def replace(self, job: _Job) -> _Worker:
         """Leave the thread behind, as a call hangs there that nobody waits for."""
+        worker = self
         with _reported("No thread can be started in the place of one that hangs."):
             worker = _Worker(self.pool, self.name)
             worker.resting = False
@@ -1793,8 +1798,7 @@ class _Worker:
                 if job in _process.in_flight:
                     _process.in_flight[job] = worker
             self.end()
-            return worker
-        return self
+        return worker
 
 
 # At once, not at the loop's next turn, which costs more than most jobs.
@@ -1916,6 +1920,9 @@ class _Pool:
             _process.idle.pop(worker, None)
         _process.wake_all()  # for jobs for which one of ours was woken
 
+    def give_way(self) -> None:
+        """Be told, under the lock, that a lifespan has started."""
+
     def leave(self) -> None:
         """Be told, under the lock, that a worker takes no more."""
         _process.notify()
@@ -1925,9 +1932,8 @@ class _Pool:
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            for job in _process.held_in(self):
-                if job.is_for_loop():
-                    loss.claim_in_flight(job)
+            flying = filter(_Job.is_for_loop, _process.held_by(*self.workers))
+            loss.claim(in_flight=[*flying], waiting=[], scheduled=False)
         self.workers[0].call(loss.say, math.inf)
         self.end_workers()
 
@@ -1996,9 +2002,13 @@ class _Background(_Pool):
                 self.loop.run_forever()
         self.runner.close()  # which ends the tasks that jobs have left behind
 
+    def give_way(self) -> None:
+        self.withdraw()
+        self.leave()
+
     def leave(self) -> None:
         super().leave()
-        if not _process.held_in(self):
+        if not _process.held_by(*self.workers):
             self.end_workers()
             self.stop()
 
@@ -2021,13 +2031,13 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
     while True:
         with _process.lock:
             now = monotonic()
-            alone = all(other is pool for other in _process.pools)
+            alone = {pool}.issuperset(_process.pools)
             if alone:
                 for job in _process.queue.advance(now, retry_at_once=True):
                     _process.wake(job)
             else:
                 pool.withdraw()
-            flying = [*_process.in_flight] if alone else _process.held_in(pool)
+            flying = [*_process.in_flight] if alone else _process.held_by(*pool.workers)
             pending = _process.queue.pending() if alone else 0
             late = now >= pool.deadline
             if late or not (flying or pending):

@@ -1246,6 +1246,36 @@ def test_a_job_may_be_deferred_in_the_midst_of_anything():
     )
 
 
+def test_a_signal_handler_may_raise_anywhere_in_a_defer():
+    """Deferring: interruptions. Even where Python looks for signals between two lines."""
+    run_to_its_end(
+        """
+        import random
+
+        class Interrupt(BaseException):
+            pass
+
+        def interrupt(*args):
+            raise Interrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.002))
+                while True:
+                    defer(int)
+            except Interrupt:
+                pass
+        defer(int)  # which wakes the worker, if a wake-up was interrupted
+        assert join(30), stats()
+        assert stats()["accepted"] == stats()["succeeded"], stats()
+        """,
+        dev=False,  # by which it takes other ways
+        DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=0,
+        **NO_HANG,
+    )
+
+
 @pytest.mark.parametrize("kind", ["ends", "fails", "async ends", "late async fails"])
 def test_memory_may_run_out_at_the_end_of_a_job(kind):
     """Deferring: interruptions. Wherever it was, the next job runs; accounts close."""
@@ -2076,6 +2106,35 @@ def test_nothing_of_a_job_outlives_it(deaths, place, kind, fails):
     with make if kind == "task" else contextlib.nullcontext() as task:
         run_served(main)
     assert len(deaths) == (3 if kind == "task" else 12 if fails else 9)
+
+
+def test_nothing_of_a_job_outlives_it_while_the_next_ones_run(deaths):
+    """Context: let go. Even if those leave the loop no time to rest between them."""
+    found = []
+
+    def view():
+        customer.set(mortal(deaths))
+        defer(look_for_mortal_on_loop)
+
+    async def look_for_mortal_on_loop():
+        look_for_mortal()
+
+    async def take_long():
+        time.sleep(0.01)
+
+    async def find():
+        found.append(deaths[0].is_set())
+
+    async def main():
+        defer(take_long)
+        assert await ajoin(HANG)  # and the worker waits for a call
+        contextvars.Context().run(view)
+        for job in take_long, take_long, find:
+            defer(job)
+        assert await ajoin(HANG)
+
+    run_served(main)
+    assert found == [True]
 
 
 @pytest.mark.parametrize("inherits", ["0", "1"])
