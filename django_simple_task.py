@@ -491,9 +491,9 @@ def _start_thread(
 def _fulfil(
     future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
-    if future.done() or future.running():
-        return  # it was called before
-    if not future.set_running_or_notify_cancel():
+    if future.running():  # it was called before, and interrupted
+        future.set_exception(RuntimeError("The call was interrupted."))
+    if future.done() or not future.set_running_or_notify_cancel():
         return
     try:
         future.set_result(function(*args, **kwargs))
@@ -797,9 +797,8 @@ class _Job:
     def settle(self, outcome: str, reason: str | None) -> None:
         """Note how it has ended, under the lock, and why it was given up."""
 
-    def hand_over(self) -> str:
+    def hand_over(self) -> Any:
         """Have another backend take it; return a sentence that tells where it is."""
-        raise NotImplementedError
 
 
 _NOT_ENDED = object()
@@ -1253,12 +1252,14 @@ class _Queue:
 
     def advance(self, now: float, *, retry_at_once: bool = False) -> list[_Job]:
         """Make ready what is due, and return it."""
-        ready = [
-            *_pop_until(self.retries, math.inf if retry_at_once else now),
-            *_pop_until(self.scheduled, now),
-        ]
-        for job in ready:
-            self.append(job)
+        ready = []
+        until = math.inf if retry_at_once else now
+        for heap, limit in (self.retries, until), (self.scheduled, now):
+            while heap and heap[0][0] <= limit:
+                job = heap[0][2]
+                self.append(job)  # first this: interrupted now, it is not lost
+                ready.append(job)
+                heappop(heap)
         return ready
 
     def clear(self) -> list[_Job]:
@@ -1597,6 +1598,8 @@ class _Worker:
         # Of the job on the loop: its latest call.
         self.latest: Future[Any] | None = None
         self._latest_call: tuple[Any, ...] | None = None
+        # What has ended on the loop, until the thread goes on.
+        self.leaving: _Job | None = None
         self.ended = self.gone = False
         self._calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._interruption: BaseException | None = None
@@ -1622,13 +1625,13 @@ class _Worker:
         call = functools.partial(_fulfil, future, function, *args, **kwargs)
         self._latest_call = (call,)
         self.call(call)
-        if self.ended:
-            self._calls.put(None)
         return future
 
     def hangs(self) -> bool:
         """Tell whether a call is open that the job on the loop has made."""
-        return self.latest is not None and not self.latest.done()
+        latest = self.latest
+        # Cancelled before it began, it may wait behind one that hangs.
+        return latest is not None and (latest.cancelled() or not latest.done())
 
     def end(self) -> None:
         """Let the thread end when it has done what it was called for."""
@@ -1700,9 +1703,12 @@ class _Worker:
             self.clean_connections()  # of receivers and handlers
         return _process.settle_and_take(self, job, delay)
 
-    def finish_and_run(self, job: _Job) -> None:
-        job.carried = False
-        self.run(self.finish(job))
+    def finish_and_run(self) -> None:
+        """Go on after a job on the loop, unless that was done."""
+        job, self.leaving = self.leaving, None
+        if job is not None:
+            job.carried = False
+            self.run(self.finish(job))
 
     def carry_to_loop(self, job: _Job) -> None:
         with _process.lock:  # or the loop might have let go of it first
@@ -1714,7 +1720,9 @@ class _Worker:
     def recover(self, error: BaseException) -> None:
         """Go on after an exception from outside of any job; it fails that at hand."""
         job, *_ = *_process.held_by(self), None
-        if job is None:
+        if self.leaving is not None:  # the call to go on may have been hit
+            self.finish_and_run()
+        elif job is None:
             self.resting = True  # it may have been woken, and not have noticed
             self.work()
         elif job.outcome is not None:  # it was recorded, and perhaps told
@@ -1725,7 +1733,7 @@ class _Worker:
             job.drop_awaitable()
             if job.raised is _NOT_ENDED or job.raised is None:
                 job.raised = error
-            self.finish_and_run(job)
+            self.run(self.finish(job))
 
     # On the loop
 
@@ -1784,7 +1792,8 @@ class _Worker:
         if self.latest is None and job.on_loop and job.is_silent():
             return _process.settle_and_take(self, job)
         worker = self.replace(job) if self.hangs() else self
-        worker.call(worker.finish_and_run, job)
+        worker.leaving = job
+        worker.call(worker.finish_and_run)
         return None
 
     def replace(self, job: _Job) -> _Worker:
@@ -2137,7 +2146,8 @@ class _Loss:
             self.claim_in_flight(job)
         if scheduled:
             waiting = waiting + _pop_until(_process.queue.scheduled, math.inf)
-        for job in waiting:
+        # What was interrupted as it was moved may wait twice, or have ended.
+        for job in [job for job in dict.fromkeys(waiting) if job.outcome is None]:
             if job.movable and not job.attempt:
                 self.moving[job] = _process.in_flight[job] = None
             else:
@@ -2925,8 +2935,7 @@ class DjangoSimpleTaskConfig(AppConfig):
 # Django finds an AppConfig only in the submodule `apps` of what INSTALLED_APPS names.
 # So this module is its own.
 __path__: list[str] = []
-if __name__ != "__main__":
-    sys.modules[f"{__name__}.apps"] = sys.modules[__name__]
+sys.modules[f"{__name__}.apps"] = sys.modules[__name__]
 
 
 def _check_configuration() -> None:

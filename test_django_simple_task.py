@@ -617,6 +617,13 @@ def test_settings_are_read_at_each_call(tmp_path, first, last):
     assert printed == "['first', 'at once', 'then', 'then', 'assigned']\n"
 
 
+def test_a_setting_that_cannot_be_shown_is_named_by_its_type():
+    """Settings: bad values. One whose repr() fails is named by its type."""
+    with configured(WORKERS=Untellable(ValueError)):
+        (error,) = our_checks()
+    assert "WORKERS is a Untellable: it must be a whole number" in error.msg
+
+
 # Deferring
 
 VALUES = some.integers() | some.text() | some.lists(some.none())
@@ -883,6 +890,9 @@ def callables(ledger):
     async def anote():
         note()
 
+    async def anote_twice():
+        return anote()
+
     class Noting:
         def __call__(self):
             note()
@@ -915,6 +925,7 @@ def callables(ledger):
         "partial of async object": (partial(AsyncNoting()), "loop", True),
         "bound async __call__": (AsyncNoting().__call__, "loop", True),
         "AsyncMock": (mock.AsyncMock(side_effect=note), "loop", True),
+        "async of async": (mark(lambda: anote_twice()), "loop", True),
         "marked": (mark(lambda: anote()), "loop", True),
         "marked partial": (mark(partial(wrapping)), "loop", True),
         "sync_to_async": (sync_to_async(note), "thread", True),
@@ -1258,6 +1269,8 @@ def test_a_signal_handler_may_raise_anywhere_in_a_defer():
         def interrupt(*args):
             raise Interrupt
 
+        defer(int)
+        assert join(30)  # the loop has started, which asyncio says if it cannot
         signal.signal(signal.SIGALRM, interrupt)
         for _ in range(100):
             try:
@@ -1276,25 +1289,29 @@ def test_a_signal_handler_may_raise_anywhere_in_a_defer():
     )
 
 
-@pytest.mark.parametrize("kind", ["ends", "fails", "async ends", "late async fails"])
+ENDS = ["ends", "fails", "is retried", "async ends", "late async fails", "orm fails"]
+
+
+@pytest.mark.parametrize("kind", [*ENDS, "async is interrupted"])
 def test_memory_may_run_out_at_the_end_of_a_job(kind):
     """Deferring: interruptions. Wherever it was, the next job runs; accounts close."""
     done = run_script(
         STEPS
         + f"""
+from asgiref.sync import sync_to_async
 step = seen = 0
 
 def hook(*event):
     global seen
     seen += is_a_step(*event)
     if seen == step and is_a_step(*event):
-        raise MemoryError
+        raise KeyboardInterrupt if "interrupted" in {kind!r} else MemoryError
 
 def job():
     global seen
     seen = 0
     sys.setprofile(hook)
-    if "fails" in {kind!r}:
+    if "fails" in {kind!r} or "retried" in {kind!r}:
         raise ValueError
 
 async def ajob():
@@ -1302,11 +1319,16 @@ async def ajob():
         await asyncio.sleep(0)
     job()
 
+async def orm():
+    await sync_to_async(job)()
+
+RETRIED = {{"max_attempts": 2, "backoff": 0}}
 threading.excepthook = lambda args: None
 sys.setswitchinterval(1e-6)  # between threads, wherever they are
 while step <= seen and step < 200:
     step += 1
-    defer(ajob if "async" in {kind!r} else job)
+    func = ajob if "async" in {kind!r} else orm if "orm" in {kind!r} else job
+    defer(func, options=RETRIED if "retried" in {kind!r} else None)
     assert join(10), (step, stats())
     defer(int)
     assert join(10), (step, stats())
@@ -1342,6 +1364,23 @@ async def test_any_thread_and_any_loop_may_defer(ledger):
     sources = ["serving loop", "other loop", "sync job", "async job", *range(500)]
     assert len(ledger.runs) == 2 * len(sources)
     assert {*ledger.runs} == {*itertools.product(sources, ["thread", "loop"])}
+
+
+def test_two_that_find_nothing_serving_start_one_background(
+    ledger, nothing_serves, monkeypatch
+):
+    """Deferring: any thread. Whoever is faster starts it; both jobs run there."""
+    make = asyncio.new_event_loop
+
+    def overtaken():
+        monkeypatch.undo()
+        in_a_thread(defer, ledger.note)
+        return make()
+
+    monkeypatch.setattr(asyncio, "new_event_loop", overtaken)
+    defer(ledger.note)
+    assert join(HANG)
+    assert (len(ledger.runs), stats()["workers"]) == (2, 1)
 
 
 # Testing
@@ -1455,6 +1494,24 @@ def test_immediate_jobs_use_the_connections_of_their_caller(
         assert database.connection is inner
         assert database.in_atomic_block is atomic
     assert ledger.runs == [0, 0, 0]
+
+
+def test_ctrl_c_while_a_helper_runs_an_immediate_job(immediate, lines):
+    """Testing: IMMEDIATE. On a loop Ctrl-C does not wait for it; it has failed."""
+    release, main = threading.Event(), threading.main_thread().ident
+
+    async def job():
+        signal.pthread_kill(main, signal.SIGINT)
+        release.wait(HANG)
+
+    handler = signal.signal(signal.SIGINT, lambda *args: raises(KeyboardInterrupt))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            called(True, partial(defer, job))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        release.set()
+    assert [event_of(line) for line in lines.runs] == ["deferred", "failed"]
 
 
 # Compatibility
@@ -1605,6 +1662,23 @@ def test_the_module_needs_django_and_asgiref_only():
     assert imported - sys.stdlib_module_names == {"asgiref", "django"}
 
 
+def test_the_app_is_looked_for_when_jobs_are_deferred(monkeypatch):
+    """Compatibility: no app installed. Not yet loaded, or of another name: it says."""
+    name = "vendored_simple_task"
+    spec = importlib.util.spec_from_file_location(name, django_simple_task.__file__)
+    vendored = importlib.util.module_from_spec(spec)
+    for key in name, f"{name}.apps":
+        monkeypatch.setitem(sys.modules, key, vendored)
+    spec.loader.exec_module(vendored)
+    with pytest.raises(ImproperlyConfigured, match=f"{name} and as django_simple_task"):
+        vendored.defer(int)
+    with override_settings(INSTALLED_APPS=[]):
+        monkeypatch.setattr(apps, "apps_ready", False)
+        with pytest.raises(ImproperlyConfigured, match=r"after django\.setup\(\)"):
+            vendored.defer(int)
+        monkeypatch.undo()
+
+
 # Where jobs run
 
 EACH_KIND = ["sync", "async", "thread_sensitive", "orm", "awaitable"]
@@ -1752,7 +1826,7 @@ def test_a_sync_job_meets_a_new_thread_to_asyncio(ledger, leave, closed, leaver)
     assert since(before) == {"accepted": 8, "succeeded": 7, "failed": 1}
 
 
-@pytest.mark.parametrize("how", ["timed out", "left behind"])
+@pytest.mark.parametrize("how", ["timed out", "two timed out", "left behind"])
 def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, lines, how):
     """Where jobs run: replaced threads. One job has ended; nothing waits behind it."""
     began, release, calls = threading.Event(), threading.Event(), []
@@ -1763,10 +1837,13 @@ def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, lines, how):
 
     async def job():
         calls.append(asyncio.ensure_future(sync_to_async(hang)()))
-        await (calls[0] if how == "timed out" else asyncio.to_thread(began.wait, HANG))
+        if how == "two timed out":
+            calls.append(asyncio.ensure_future(sync_to_async(ledger.note)("never")))
+        left = how == "left behind"
+        await (asyncio.to_thread(began.wait, HANG) if left else asyncio.gather(*calls))
 
     async def main():
-        defer(job, options={"timeout": 0.3} if how == "timed out" else {})
+        defer(job, options={} if how == "left behind" else {"timeout": 0.3})
         for kind in ["sync", "async", "orm"] * 10:
             defer_as(kind, ledger.note)
         await asyncio.to_thread(ledger.wait, 30)
@@ -1775,7 +1852,8 @@ def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, lines, how):
 
     run_served(main)
     errors = [line.exc_info[0] for line in lines.runs if line.levelname == "ERROR"]
-    assert errors == ([TimeoutError] if how == "timed out" else [])
+    assert errors == ([] if how == "left behind" else [TimeoutError])
+    assert ledger.runs == [None] * 30
 
 
 def kill(thread):
@@ -2648,6 +2726,12 @@ class Evil:
         pass
 
 
+class EvilPartial(partial):
+    """A partial of print that raises when it is looked into, from some time on."""
+
+    func = property(lambda self: raises(Evil.raised) if Evil.raised else print)
+
+
 @pytest.mark.parametrize("raised", [None, ValueError, SystemExit, RecursionError])
 @pytest.mark.parametrize("grace", [0, None])
 def test_a_callable_that_cannot_be_named_harms_nothing(
@@ -2660,6 +2744,7 @@ def test_a_callable_that_cannot_be_named_harms_nothing(
         defer(release.wait, {"args": [HANG]})
         for job in len, evil[0] if raised else weakref.proxy(evil[0]), len:
             defer(job, {"args": [""]} if job is len else None)
+        defer(EvilPartial(len, ""))
         monkeypatch.setattr(Evil, "raised", raised)
         evil.clear()
         release.set() if grace is None else None
@@ -2669,10 +2754,10 @@ def test_a_callable_that_cannot_be_named_harms_nothing(
     release.set()
     counts, text = since(before), "\n".join(line.getMessage() for line in lines.runs)
     if grace == 0:
-        assert counts == {"accepted": 4, "lost": 4}
+        assert counts == {"accepted": 5, "lost": 5}
         assert "lost=2 job=builtins.len" in text
     else:
-        assert counts["succeeded"] + counts.get("failed", 0) == 4
+        assert counts["succeeded"] + counts.get("failed", 0) == 5
         assert text.count("finished job=builtins.len") == 2
 
 
@@ -2739,6 +2824,27 @@ def test_a_job_may_cancel_all_tasks_of_the_loop(ledger, lines, whose):
     assert since(before) == {"accepted": 18, "succeeded": 18 - hit, "failed": hit}
     errors = [line.exc_info[0] for line in lines.runs if line.levelname == "ERROR"]
     assert errors == [asyncio.CancelledError] * hit
+
+
+def test_a_job_may_cancel_one_that_has_not_begun():
+    """Failures: cancelled tasks. It has failed, as one that has begun."""
+
+    async def cancel_others():
+        spared, failed = asyncio.all_tasks(), stats()["failed"]
+        defer(never_ends)
+        while stats()["failed"] == failed:
+            await asyncio.sleep(0)
+            for other in asyncio.all_tasks() - spared:
+                other.cancel()
+
+    async def main():
+        for _ in range(10):
+            defer(cancel_others)
+            assert await ajoin(HANG)
+
+    before = stats()
+    run_served(main, WORKERS=2)
+    assert since(before) == {"accepted": 20, "succeeded": 10, "failed": 10}
 
 
 # Logging
@@ -3028,6 +3134,40 @@ def test_threading_calls_back_before_executors_close():
     )
     assert done.stdout.split() == ["0"], done.stderr
     assert "cannot schedule new futures after" in done.stderr
+
+
+def test_what_is_not_public_may_go():
+    """Private API of others: names. Without these jobs run, in a forked child, too."""
+    done = run_to_its_end(
+        """
+        from asgiref.sync import SyncToAsync
+        from django.db import connections
+
+        del SyncToAsync.threadlocal, SyncToAsync.single_thread_executor
+        connections._connections = threading.local()
+
+        async def job(told):
+            print(told, flush=True)
+
+        def jobs():
+            defer(job, {"args": ["on the loop"]})
+            defer(print, {"args": ["in a thread"]})
+            assert join(10)
+
+        jobs()
+        if hasattr(os, "fork"):
+            pid = os.fork()
+            jobs()
+            if pid:
+                os.waitpid(pid, 0)
+        """,
+        dev=False,
+    )
+    times = 3 if hasattr(os, "fork") else 1
+    assert sorted(done.stdout.splitlines()) == [
+        *["in a thread"] * times,
+        *["on the loop"] * times,
+    ]
 
 
 # Startup
@@ -3551,12 +3691,12 @@ async def test_a_job_that_is_told_of_at_the_end_keeps_its_outcome(
     assert len(lost) == (outcome == "lost")
 
 
-@pytest.mark.parametrize("kind", ["job", "coroutine"])
+@pytest.mark.parametrize("kind", ["job", "coroutine", "orm"])
 async def test_a_cancelled_lifespan_reports_what_is_lost(kind, hung, said):
     """Shutdown: cancelled lifespan. At once, in the same way, and without an answer."""
     before = stats()
     async with serving() as server:
-        defer(getattr(hung, kind))
+        defer(sync_to_async(hung.job) if kind == "orm" else getattr(hung, kind))
         await off_the_loop(hung.began.wait, 1)
         for _ in range(1000):
             defer(do_nothing)
@@ -4593,6 +4733,8 @@ def test_defer_refuses_what_a_task_has_not(option, tasks):
     for arguments in ([1], {"arg": [1]}, {"args": "ab"}):
         with pytest.raises(TypeError):
             defer(jot, arguments)
+    with pytest.raises(ValueError, match="before the year 10000"):
+        defer(jot, options={"run_after": timedelta.max})
     assert since(before) == {}
 
 
@@ -4798,8 +4940,10 @@ CIRCLE, DEEP = [], []
 CIRCLE.append(CIRCLE)
 for _ in range(100_000):
     DEEP = [DEEP]
+ROUND = collections.UserList()
+ROUND.append(ROUND)
 NO_JSON = {"object": object(), "set": {1}, "bytes": b"\xff"}
-NO_JSON |= {"circle": CIRCLE, "depth": DEEP}
+NO_JSON |= {"circle": CIRCLE, "depth": DEEP, "circular sequence": ROUND}
 
 
 @task
@@ -5138,7 +5282,10 @@ BAD_OPTIONS_OF_A_BACKEND = [
     *[{"TIMEOUT": bad} for bad in (*BAD, 0, timedelta(0))],
     *[{"MAX_ATTEMPTS": bad} for bad in (*BAD, 0, 101, 1.5, None)],
     *[{"BACKOFF": bad} for bad in (*BAD, timedelta(-1), None)],
-    *[{"OVERFLOW_BACKEND": bad} for bad in (5, ["elsewhere"], "unknown", "default")],
+    *[
+        {"OVERFLOW_BACKEND": bad}
+        for bad in (5, ["elsewhere"], "unknown", "default", "few")
+    ],
     *[{"MAX_RETRIES": 3}, {5: 5}, "OPTIONS", ["OPTIONS"], 5, None],
 ]
 
