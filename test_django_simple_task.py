@@ -1363,11 +1363,10 @@ def test_immediate_jobs_use_the_connections_of_their_caller(
 # Compatibility
 
 PROJECT = """
-import io
 import django
 from django.apps import apps
 from django.conf import settings
-from django.core.management import call_command
+from django.core.checks import run_checks
 
 TASKS = {"default": {"BACKEND": "{name}.SimpleTaskBackend"}}
 settings.configure(INSTALLED_APPS=["{name}{entry}"], TASKS=TASKS, USE_TZ=True)
@@ -1380,7 +1379,7 @@ async def ajob():
 config = apps.get_app_config("django_simple_task")
 assert type(config) is module.DjangoSimpleTaskConfig, type(config)
 assert config.name == "{name}"
-call_command("check", fail_level="WARNING", stdout=io.StringIO(), stderr=io.StringIO())
+assert run_checks() == []
 ran = []
 module.defer(ran.append, {"args": [1]})
 module.defer(ajob, options={"timeout": 10})
@@ -1584,7 +1583,7 @@ def test_a_sync_job_meets_a_new_thread_to_asyncio(ledger, leave, closed, leaver)
 
 
 @pytest.mark.parametrize("how", ["timed out", "left behind"])
-def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, lines, hung, how):
+async def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, said, hung, how):
     """Where jobs run: replaced threads. One job has ended; nothing waits behind it."""
     calls = []
 
@@ -1592,16 +1591,14 @@ def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, lines, hung, how)
         calls.append(asyncio.ensure_future(sync_to_async(hung.job)()))
         await (calls[0] if how == "timed out" else off_the_loop(hung.began.wait, 1))
 
-    async def main():
+    async with serving():
         defer(job, options={"timeout": 0.3} if how == "timed out" else {})
         for kind in ["sync", "async", "orm"] * 10:
             defer_as(kind, ledger.note)
         await off_the_loop(ledger.wait, 30)
         hung.release.set()
         await asyncio.wait(calls)
-
-    run_served(main)
-    errors = [line.exc_info[0] for line in lines.runs if line.levelname == "ERROR"]
+    errors = [line.exc_info[0] for line in said.at("ERROR")]
     assert errors == [TimeoutError] * (how == "timed out")
 
 
@@ -2269,22 +2266,18 @@ class Evil:
 
 @pytest.mark.parametrize("raised", [None, ValueError, SystemExit, RecursionError])
 @pytest.mark.parametrize("grace", [0, None])
-def test_a_callable_that_cannot_be_named_harms_nothing(
+async def test_a_callable_that_cannot_be_named_harms_nothing(
     lines, hung, monkeypatch, grace, raised
 ):
     """Failures: names and texts. A dying proxy's, too, at work or when it is lost."""
-    evil = [Evil()]
-
-    async def main():
+    evil, before = [Evil()], stats()
+    async with serving(SHUTDOWN_GRACE_PERIOD=grace):
         defer(hung.job)
         for job in len, evil[0] if raised else weakref.proxy(evil[0]), len:
             defer(job, {"args": [""]} if job is len else None)
         monkeypatch.setattr(Evil, "raised", raised)
         evil.clear()
         hung.release.set() if grace is None else None
-
-    before = stats()
-    run_served(main, SHUTDOWN_GRACE_PERIOD=grace)
     counts, text = since(before), "\n".join(line.getMessage() for line in lines.runs)
     if grace == 0:
         assert counts == {"accepted": 4, "lost": 4}
@@ -2328,7 +2321,7 @@ def test_an_exception_that_is_hard_to_tell_is_told_of(ledger, lines, kind):
 
 
 @pytest.mark.parametrize("whose", ["others", "own"])
-def test_a_job_may_cancel_all_tasks_of_the_loop(ledger, lines, whose):
+async def test_a_job_may_cancel_all_tasks_of_the_loop(ledger, said, whose):
     """Failures: cancelled tasks. Those it hits have failed; the workers go on."""
 
     async def victim():
@@ -2336,26 +2329,24 @@ def test_a_job_may_cancel_all_tasks_of_the_loop(ledger, lines, whose):
         await asyncio.Event().wait()
 
     async def cancel_all():
-        for task in asyncio.all_tasks() - stage.spared:
+        for task in asyncio.all_tasks() - spared:
             task.cancel()
         if whose == "own":
             await asyncio.Event().wait()
 
-    async def main():
+    before, hit = stats(), 3 if whose == "own" else 2
+    async with serving(WORKERS=3):
         joined = asyncio.ensure_future(asyncio.to_thread(join, HANG))
-        stage.spared = asyncio.all_tasks()
+        spared = asyncio.all_tasks()
         for _ in range(2):
             defer(victim)
-        await asyncio.to_thread(ledger.wait, 2)
+        await off_the_loop(ledger.wait, 2)
         defer(cancel_all)
         for kind in EACH_KIND * 3:
             defer_as(kind, ledger.note)
         assert await joined and await ajoin(HANG)
-
-    before, hit = stats(), 3 if whose == "own" else 2
-    run_served(main, WORKERS=3)
     assert since(before) == {"accepted": 18, "succeeded": 18 - hit, "failed": hit}
-    errors = [line.exc_info[0] for line in lines.runs if line.levelname == "ERROR"]
+    errors = [line.exc_info[0] for line in said.at("ERROR")]
     assert errors == [asyncio.CancelledError] * hit
 
 
@@ -2466,29 +2457,25 @@ class Secretive:
         return SECRET
 
 
-def test_no_argument_and_no_return_value_is_shown(ledger, monkeypatch):
+async def test_no_argument_and_no_return_value_is_shown(ledger, monkeypatch):
     """Logging: no values. In no record of any logger, nor in what repr() gives."""
-    secretive, handler = Secretive(), logging.Handler()
+    secretive, handler, started = Secretive(), logging.Handler(), asyncio.Event()
     arguments = {"args": [secretive, SECRET], "kwargs": {"password": SECRET}}
     jobs = [secretive.work, secretive.awork, secretive, partial(secretive, SECRET)]
     jobs += [partial(partial(secretive.awork, secretive), key=SECRET), len]
     config = apps.get_app_config("django_simple_task")
-
-    async def main():
-        for job in jobs:
-            defer(job, arguments, options=TWICE)
-        assert await ajoin(HANG)
-        started = asyncio.Event()
-        defer(partial(secretive.awork, started), arguments)
-        defer(secretive.work, arguments)
-        await started.wait()
-        shown = [config, config.queue, config.loop, *asyncio.all_tasks()]
-        assert SECRET not in repr(shown)
-
     handler.emit = ledger.note
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     with each_line(repr):
-        run_served(main, SHUTDOWN_GRACE_PERIOD=0)
+        async with serving(SHUTDOWN_GRACE_PERIOD=0):
+            for job in jobs:
+                defer(job, arguments, options=TWICE)
+            assert await ajoin(HANG)
+            defer(partial(secretive.awork, started), arguments)
+            defer(secretive.work, arguments)
+            await started.wait()
+            shown = [config, config.queue, config.loop, *asyncio.all_tasks()]
+            assert SECRET not in repr(shown)
     assert len({record.levelname for record in ledger.runs}) == 4
     for record in ledger.runs:
         fields = {key: each for key, each in vars(record).items() if key != "exc_info"}
@@ -2579,16 +2566,13 @@ async def test_what_fails_in_the_application_is_passed_on(phase, ledger):
 
     before, app = stats(), app_with_a_lifespan(**{phase: fail})
     server = Server(django_simple_task_middleware(app))
-    if phase == "startup":
-        assert await server.startup() == failed
-        await asyncio.wait_for(server.task, HANG)
-        assert stats() == before
-    else:
-        await server.startup()
+    if await server.startup() == STARTED:
         defer(ledger.note)
-        assert await server.shutdown() == failed
-        assert len(ledger.runs) == 1
-    assert server.sent[-1] == failed
+        await server.shutdown()
+    await asyncio.wait_for(server.task, HANG)
+    assert server.sent == ([failed] if phase == "startup" else [STARTED, failed])
+    assert len(ledger.runs) == (phase == "shutdown")
+    assert phase == "shutdown" or stats() == before
 
 
 @pytest.mark.parametrize("steps", ["", "raise", "send raise", "send send receive"])
