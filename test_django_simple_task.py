@@ -119,8 +119,7 @@ from django_simple_task import (
 
 # What a user may rely on: each clause has a test whose docstring begins with its name.
 CLAUSES = """
-Public names: all; old spelling; join; ajoin; QueueFull; JobLost;
-    DjangoSimpleTaskConfig
+Public names: all; old spelling; join; ajoin; QueueFull; JobLost; DjangoSimpleTaskConfig
 Settings: bad values; numbers in strings; WORKERS; QUEUE_MAXSIZE; unknown names; check
     --deploy; read late
 Deferring: arguments; priority; run_after; timeout; max_attempts; backoff;
@@ -1961,7 +1960,7 @@ def test_coroutine_jobs_use_the_orm_side_by_side_after_the_response(ledger, plac
 
 def each_line(take):
     """Have a function called with each record of ours that is about a job."""
-    return heard(lambda line: hasattr(line, "job") and take(line), DEBUG)
+    return heard(lambda line: hasattr(line, "job") and take(line), logging.DEBUG)
 
 
 def event_of(record):
