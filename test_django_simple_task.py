@@ -2053,12 +2053,13 @@ def test_around_job_is_told_which_job_it_surrounds(ledger, lines, value):
     """Around each job: record. Its name, its id as the lines have it, and its kind."""
     stage.ledger = ledger
     with configured(AROUND_JOB=value):
-        for job in len, partial(asyncio.sleep, 0):  # the first fails
-            defer(job, options=TWICE)
+        for job, is_sensitive in (len, False), (len, True), (asyncio.sleep, True):
+            options = {**TWICE, "thread_sensitive": is_sensitive}
+            defer(job, {"args": [0]}, options=options)  # of which len fails
             assert join(HANG)
     told = [(line.job, line.id, line.attempt) for line in lines.runs if line.attempt]
     assert [run[:3] for run in ledger.runs] == told
-    assert [run[3] for run in ledger.runs] == [False, False, True]
+    assert [run[3] for run in ledger.runs] == [False] * 4 + [True]
 
 
 ONCE_AROUND = ["enter 1", "around 1", "exit 1", "enter 2", "around 2", "exit 2"]
