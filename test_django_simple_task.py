@@ -3196,25 +3196,6 @@ def test_a_drain_runs_all_that_waits_and_what_comes_of_it(forest, workers):
     asyncio.run(main())
 
 
-async def test_requests_may_defer_during_the_drain(ledger, said):
-    """Shutdown: drain. So may requests that the server still serves, and threads."""
-
-    async def app(scope, receive, send):
-        if scope["type"] == "http":
-            for kind in KINDS_OF_JOBS:
-                defer_a(kind, ledger.note)
-
-    async with serving(app) as server:
-        release = await in_flight()
-        shutdown = asyncio.ensure_future(server.shutdown())
-        await off_the_loop(said.until, "draining")
-        await django_simple_task_middleware(app)({"type": "http"}, None, None)
-        await asyncio.to_thread(defer, ledger.note)
-        release.set()
-        assert await shutdown == ENDED
-    assert len(ledger.runs) == 4
-
-
 async def test_retries_that_wait_run_at_once(said):
     """Shutdown: retries at once. An hour of backoff keeps no server."""
     flaky, before = mock.Mock(side_effect=[ValueError, ValueError, None]), stats()
@@ -3795,34 +3776,6 @@ def test_a_lifespan_takes_over_what_waits(ledger, said):
     assert since(before) == {"accepted": 9, "succeeded": 8, "lost": 1, "retried": 1}
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.long)])
-def test_a_take_over_keeps_the_order_while_threads_defer(rounds, ledger):
-    """Without a lifespan: take-over. The jobs of each thread run in their order."""
-
-    def caller(name):
-        for n in range(500):
-            defer(ledger.note, {"args": [(name, n)]})
-            if n == 100:
-                ready.wait(HANG)
-
-    async def main():
-        async with serving():
-            release.set()
-            assert await ajoin(HANG)
-
-    ready = threading.Barrier(5)
-    for _ in range(rounds):
-        with busy_worker() as release, ThreadPoolExecutor(4) as executor:
-            called = executor.map(caller, range(4))
-            ready.wait(HANG)
-            asyncio.run(main())
-        assert [*called] == [None] * 4
-        assert join(HANG)
-        for name in range(4):
-            assert [n for who, n in ledger.runs if who == name] == list(range(500))
-        ledger.runs.clear()
-
-
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.3, "lost")])
 def test_a_shutdown_drains_what_was_in_flight_before_the_startup(grace, outcome, said):
     """Without a lifespan: take-over. It is waited for, or lost."""
@@ -4057,7 +4010,6 @@ PLACES_OF_FORKS = {
     "a server": "asyncio.run(serve())",
     "a sync job": "defer(fork)",
     "a coroutine job": "defer(afork)",
-    "a sensitive job": "defer(fork, options={'thread_sensitive': True})",
     "a child that ends by itself": "if not os.fork(): six_jobs(); sys.exit()",
     "amid a storm": """
 sys.setswitchinterval(1e-5)
@@ -4726,11 +4678,17 @@ async def look_at_context_async(context, arg):
 @pytest.mark.parametrize("one", [look_at_context, look_at_context_async])
 def test_takes_context(one, tasks):
     """django.tasks: context. Each attempt is numbered, and sees its own result."""
-    result = done(one.using(backend="retrying").enqueue("x"))
+    before = stats()
+    with hearing("task_finished") as told:
+        result = done(one.using(backend="retrying").enqueue("x"))
     assert result.return_value == [2, 3]
     assert scene.ledger.runs == [
         (attempt, result.id, IS_RUNNING, ["x"], "x") for attempt in (1, 2, 3)
     ]
+    assert [error.exception_class for error in result.errors] == [ValueError] * 2
+    assert result.started_at < result.last_attempted_at <= result.finished_at
+    assert [each.id for each in told] == [result.id]
+    assert since(before) == {"accepted": 1, "succeeded": 1, "retried": 2}
 
 
 def without_context(number):
@@ -4770,20 +4728,6 @@ def test_whatever_a_task_raises(one, kind, tasks):
         result.return_value  # noqa: B018
     assert done(add.enqueue()).return_value == 2
     assert since(before) == {"accepted": 2, "failed": 1, "succeeded": 1}
-
-
-def test_each_attempt_is_recorded(tasks):
-    """django.tasks: attempts and errors. An error and a worker for each; one end."""
-    before = stats()
-    with hearing("task_finished") as told:
-        failed = done(fail_sync.using(backend="retrying").enqueue("ValueError"))
-        passed = done(fail_once.using(backend="retrying").enqueue())
-    assert (failed.status, failed.attempts, len(failed.errors)) == (HAS_FAILED, 3, 3)
-    assert failed.started_at < failed.last_attempted_at <= failed.finished_at
-    assert (passed.return_value, passed.attempts) == (["the second time"], 2)
-    assert [error.exception_class for error in passed.errors] == [ValueError]
-    assert since(before) == {"accepted": 2, "failed": 1, "succeeded": 1, "retried": 3}
-    assert [each.id for each in told] == [failed.id, passed.id]
 
 
 @either_end
@@ -5864,24 +5808,6 @@ def test_a_job_waits_for_no_commit_unless_on_commit_defers_it(rolled_back, ledge
     assert ledger.runs == (["before"] if rolled_back else ["before", "after"])
 
 
-@pytest.mark.parametrize("robust", [False, True])
-def test_a_full_queue_after_the_commit(robust, ledger, caplog):
-    """
-    Database: on_commit. With robust=True Django logs the QueueFull, which fails neither
-    the request that has committed nor the callbacks behind it.
-    """
-    refusal = contextlib.nullcontext() if robust else pytest.raises(QueueFull)
-    full = override_settings(DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=1)
-    with busy_worker(), full, refusal:
-        defer(ledger.note, {"args": ["waiting"]})
-        with transaction.atomic():
-            transaction.on_commit(lambda: defer(ledger.note), robust=robust)
-            transaction.on_commit(lambda: ledger.note("behind"))
-    assert join(HANG)
-    assert ledger.runs == (["behind", "waiting"] if robust else ["waiting"])
-    assert ("QueueFull" in caplog.text) is robust
-
-
 TEST_CASES = """
 import unittest, urllib.request
 from django.http import HttpResponse
@@ -6315,16 +6241,6 @@ def test_a_signal_without_a_lifespan(name, more, number, tmp_path):
 
 
 @pytest.mark.long
-def test_daphne_cuts_off_requests_but_not_jobs(tmp_path):
-    """Servers: without a lifespan. The drain waits for no request in flight."""
-    with served(tmp_path, "daphne") as site:
-        with site.request_in_flight():
-            site.process.send_signal(signal.SIGTERM)
-            site.drains()
-        site.ends("run")
-
-
-@pytest.mark.long
 @pytest.mark.parametrize(
     "name, more, outcome",
     [
@@ -6342,17 +6258,6 @@ def test_a_drain_that_outlasts_the_servers_limit(name, more, outcome, tmp_path):
         site.process.send_signal(signal.SIGTERM)
         site.drains()
         site.ends(outcome)
-
-
-@pytest.mark.long
-def test_hypercorn_ends_all_its_processes_with_the_first(tmp_path):
-    """Servers: limits of their own. So README says to take one process."""
-    with served(tmp_path, "hypercorn", "--workers 2") as site:
-        site.process.send_signal(signal.SIGTERM)
-        site.drains()
-        site.at_gate.pop().close()
-        site.until_gone()
-        assert sum("at gate" in name for name in site.runs()) == 1, site.log
 
 
 @pytest.mark.long
@@ -6388,8 +6293,8 @@ VERDICTS = [*RAISED, TimeoutError]
 class Call:
     """A job, and what the model knows of it. `with call:` is an attempt at it."""
 
-    def __init__(self, model, kind, *, delay=0, endless=False, plan=(), **options):
-        self.model, self.kind, self.plan = model, kind, plan
+    def __init__(self, model, kind, *, delay=0, endless=False, **options):
+        self.model, self.kind = model, kind
         self.delay, self.endless = delay, endless  # the latter ends by its timeout
         options |= {"timeout": 0.01} if endless else {}
         options |= {"run_after": timedelta(seconds=delay)} if delay else {}
@@ -6429,7 +6334,10 @@ class Call:
 
 
 class Model:
-    """The contract: what may happen to jobs, and what the accounts say of it."""
+    """
+    The contract: what may happen to jobs, and what the accounts say of it. The jobs
+    wait until they are told how to end.
+    """
 
     patience = HANG
 
@@ -6437,7 +6345,9 @@ class Model:
         self.workers, self.maxsize, self.grace = workers, maxsize, grace
         self.changed = threading.Condition()
         self.calls, self.running, self.lifespans = {}, [], []
-        self.taken, self.overlap = 0, False  # the latter: of several lifespans
+        self.overlap = False  # whether several lifespans, or events, came at once
+        self.at_once = None  # gives the ends of jobs that do not wait for any
+        self.taken = 0
         self.told, self.history, self.complaints = Counter(), [], []
         self.before = stats()
 
@@ -6475,6 +6385,11 @@ class Model:
             attempts = call.options["max_attempts"]
             self.judge(call.attempt <= attempts, call.name, "begins:", call.attempt)
             call.state = "in_flight"
+            if not self.overlap:
+                here = [each.name for each in self.flying() if not each.elsewhere]
+                self.judge(len(here) <= self.workers, "in flight at once:", here)
+                before = [each.name for each in self.ready() if overtakes(call, each)]
+                self.judge(not before or self.workers > 1, call.name, "before", before)
 
     def end(self, call, error):
         with self.changed:
@@ -6576,6 +6491,94 @@ class Model:
         left = {call.state for call in self.calls.values()} - {*FINAL, "rejected"}
         self.until(lambda: left or self.disagreement())
 
+    def play(self, call):
+        if verdict := self.verdict(call).result(HANG):
+            raise verdict()
+
+    async def aplay(self, call):
+        if verdict := await asyncio.wrap_future(self.verdict(call)):
+            raise verdict()
+
+    def verdict(self, call):
+        with self.changed:
+            call.future = future = Future()
+            if self.at_once:
+                future.set_result(self.at_once())
+        return future
+
+    def ready(self):
+        """Return the jobs that wait for nothing but a worker."""
+        draining = any(life.stopped for life in self.alive())
+        waiting = [call for call in self.calls.values() if call.state == "pending"]
+        later = [each for each in waiting if each.retries and each.options["backoff"]]
+        return [each for each in waiting if draining or each not in later]
+
+    def owed(self):
+        """Return the jobs before which the only lifespan may not end."""
+        accepted = {call.name: call.state for call in self.calls.values()}
+        elsewhere = {call.name for call in self.running if call.elsewhere}
+        left = {name for name in accepted if accepted[name] not in (*FINAL, "rejected")}
+        return set() if self.overlap else left - elsewhere
+
+    def unrest(self):
+        """Return what is still to come by itself."""
+        with self.changed:
+            for call in self.running:
+                if call.endless or call.future is None or call.future.done():
+                    return f"{call.name} is still to end."
+            ready, flying = self.ready(), self.flying()
+            here = [each for each in flying if not (self.alive() and each.elsewhere)]
+            if ready and len(here) < (1 if self.overlap else self.workers):
+                return f"Left lying: {[call.name for call in ready]}"
+            for life in self.alive():
+                if life.stopped and (life.cuts or not (flying or ready)):
+                    return "A lifespan is still to end."
+        return self.disagreement()
+
+    def settle(self):
+        self.until(self.unrest)
+        for life in self.lifespans:
+            if all(each.over for each in self.lifespans if each.loop is life.loop):
+                life.close()
+        for call in self.ready():
+            call.surely_waits = True
+
+    # An event that cannot be just now does nothing.
+
+    def defer_one(self, kind, **options):
+        counts = self.accounts()
+        waiting = counts.get("pending", 0) + counts.get("scheduled", 0)
+        taken = self.defer(kind, **options)
+        if not self.overlap and not any(call.elsewhere for call in self.running):
+            self.judge(taken is not (0 < self.maxsize <= waiting), "full?", waiting)
+
+    def end_job(self, number, verdict):
+        call = [*self.flying(), None][number % (len(self.flying()) + 1)]
+        if call and call.task and verdict == "cancel":
+            call.future = None
+            call.task.get_loop().call_soon_threadsafe(call.task.cancel)
+        elif call and verdict != "cancel":
+            call.future.set_result(verdict)
+
+    def wait_for_all(self):
+        busy = {"pending", "in_flight"} & self.accounts().keys()
+        self.judge(join(0.01 if busy else HANG) is not bool(busy), "join()", busy)
+
+    def watch(self):
+        for _ in range(10):
+            least, accepted = self.taken, since(self.before).get("accepted", 0)
+            self.judge(least <= accepted <= len(self.calls), "accepted:", accepted)
+            join(0.001)
+
+    def end_all(self):
+        self.at_once, self.overlap = lambda: None, True  # nothing is at rest now
+        for call in [call for call in self.running if call.future]:
+            with contextlib.suppress(InvalidStateError):
+                call.future.set_result(None)
+        for life in self.alive():
+            life.grace = None
+        self.finish()
+
 
 class Lifespan:
     """A server in a thread of its own, or on the loop of another one."""
@@ -6636,103 +6639,6 @@ class Lifespan:
             self.thread.join(HANG)
 
 
-class Told(Model):
-    """Jobs that wait until they are told how to end, and the events that may happen."""
-
-    at_once = False
-
-    def play(self, call):
-        if verdict := self.verdict(call).result(HANG):
-            raise verdict()
-
-    async def aplay(self, call):
-        if verdict := await asyncio.wrap_future(self.verdict(call)):
-            raise verdict()
-
-    def verdict(self, call):
-        with self.changed:
-            call.future = future = Future()
-            if self.at_once:
-                future.set_result(None)
-        return future
-
-    def begin(self, call):
-        with self.changed:
-            super().begin(call)
-            here = [each.name for each in self.flying() if not each.elsewhere]
-            if not self.overlap:
-                self.judge(len(here) <= self.workers, "in flight at once:", here)
-                before = [each.name for each in self.ready() if overtakes(call, each)]
-                self.judge(not before or self.workers > 1, call.name, "before", before)
-
-    def ready(self):
-        """Return the jobs that wait for nothing but a worker."""
-        draining = any(life.stopped for life in self.alive())
-        waiting = [call for call in self.calls.values() if call.state == "pending"]
-        later = [each for each in waiting if each.retries and each.options["backoff"]]
-        return [each for each in waiting if draining or each not in later]
-
-    def owed(self):
-        """Return the jobs before which the only lifespan may not end."""
-        accepted = {call.name: call.state for call in self.calls.values()}
-        elsewhere = {call.name for call in self.running if call.elsewhere}
-        left = {name for name in accepted if accepted[name] not in (*FINAL, "rejected")}
-        return set() if self.overlap else left - elsewhere
-
-    def unrest(self):
-        """Return what is still to come by itself."""
-        with self.changed:
-            for call in self.running:
-                if call.endless or call.future is None or call.future.done():
-                    return f"{call.name} is still to end."
-            ready, flying = self.ready(), self.flying()
-            here = [each for each in flying if not (self.alive() and each.elsewhere)]
-            if ready and len(here) < (1 if self.overlap else self.workers):
-                return f"Left lying: {[call.name for call in ready]}"
-            for life in self.alive():
-                if life.stopped and (life.cuts or not (flying or ready)):
-                    return "A lifespan is still to end."
-        return self.disagreement()
-
-    def settle(self):
-        self.until(self.unrest)
-        for life in self.lifespans:
-            if all(each.over for each in self.lifespans if each.loop is life.loop):
-                life.close()
-        for call in self.ready():
-            call.surely_waits = True
-
-    # An event that cannot be just now does nothing.
-
-    def defer_one(self, kind, **options):
-        counts = self.accounts()
-        waiting = counts.get("pending", 0) + counts.get("scheduled", 0)
-        taken = self.defer(kind, **options)
-        if not self.overlap and not any(call.elsewhere for call in self.running):
-            self.judge(taken is not (0 < self.maxsize <= waiting), "full?", waiting)
-
-    def end_job(self, number, verdict):
-        call = [*self.flying(), None][number % (len(self.flying()) + 1)]
-        if call and call.task and verdict == "cancel":
-            call.future = None
-            call.task.get_loop().call_soon_threadsafe(call.task.cancel)
-        elif call and verdict != "cancel":
-            call.future.set_result(verdict)
-
-    def wait_for_all(self):
-        busy = {"pending", "in_flight"} & self.accounts().keys()
-        self.judge(join(0.01 if busy else HANG) is not bool(busy), "join()", busy)
-
-    def end_all(self):
-        self.at_once = self.overlap = True  # from now on nothing is at rest
-        for call in [call for call in self.running if call.future]:
-            with contextlib.suppress(InvalidStateError):
-                call.future.set_result(None)
-        for life in self.alive():
-            life.grace = None
-        self.finish()
-
-
 def overtakes(call, other):
     """Tell whether a job begins before another one that should come first."""
     if call.options["priority"] != other.options["priority"]:
@@ -6746,29 +6652,47 @@ def event(function, **arguments):
     return some.builds(partial, some.just(function), **arguments)
 
 
-KINDS_OF_CALLS = some.sampled_from(["sync", "async", "both"])
+def deferring(*delays, backoff):
+    kind = {"kind": some.sampled_from(["sync", "async", "both"])}
+    how = {"priority": some.integers(-1, 1), "max_attempts": some.integers(1, 3)}
+    how["backoff"] = some.sampled_from([0, backoff])
+    timed = {"kind": some.just("async"), "endless": some.just(True), **how}
+    timed["backoff"] = some.just(0)
+    late = event(Model.defer_one, delay=some.sampled_from(delays), **kind)
+    soon = event(Model.defer_one, **kind, **how)
+    return soon, soon, late, event(Model.defer_one, **timed)
+
+
+COMING_AND_GOING = some.one_of(
+    event(Model.start, shared=some.booleans()),
+    event(Model.stop, number=some.integers(0, 1), cancel=some.booleans()),
+)
+HURRIED = some.one_of(deferring(-1, 0.001, 0.003, backoff=0.001))
 NUMBERS = {"number": some.integers(0, 9)}
-HOW = {"priority": some.integers(-1, 1), "max_attempts": some.integers(1, 3)}
-LATE = {"delay": some.sampled_from([-1, 0.01, 3600])}
-TIMED = {"endless": some.just(True), "backoff": some.just(0), **HOW}
-JOBS = event(
-    Told.defer_one, kind=KINDS_OF_CALLS, backoff=some.sampled_from([0, 3600]), **HOW
-)
 EVENTS = some.one_of(
-    JOBS,
-    JOBS,
-    event(Told.defer_one, kind=KINDS_OF_CALLS, **LATE),
-    event(Told.defer_one, kind=some.just("async"), **TIMED),
-    event(Told.end_job, verdict=some.none(), **NUMBERS),
-    event(Told.end_job, verdict=some.sampled_from([*VERDICTS, "cancel"]), **NUMBERS),
-    event(Told.start, shared=some.booleans()),
-    event(Told.stop, number=some.integers(0, 1), cancel=some.booleans()),
-    event(Told.wait_for_all),
+    *deferring(-1, 0.01, 3600, backoff=3600),
+    event(Model.end_job, verdict=some.none(), **NUMBERS),
+    event(Model.end_job, verdict=some.sampled_from([*VERDICTS, "cancel"]), **NUMBERS),
+    COMING_AND_GOING,
+    COMING_AND_GOING,
+    event(Model.wait_for_all),
 )
+
+
+def play_many(play, examples, folder, **drawn):
+    """Have hypothesis play so many stories, the same each time."""
+    hypothesis.configuration.set_hypothesis_home_dir(folder)
+    drawn["workers"] = some.sampled_from([1, 1, 2, 3])
+    drawn["maxsize"] = some.sampled_from([0, 0, 3])
+    chosen = {"database": None, "deadline": None, "derandomize": True}
+    chosen["suppress_health_check"] = list(hypothesis.HealthCheck)
+    hypothesis.settings(max_examples=examples, **chosen)(
+        hypothesis.given(**drawn)(play)
+    )()
 
 
 def play_events(workers, maxsize, grace, story):
-    model = Told(workers, maxsize, grace)
+    model = Model(workers, maxsize, grace)
     with (
         heard(model.hear, logging.DEBUG),
         configured(WORKERS=workers, QUEUE_MAXSIZE=maxsize),
@@ -6785,16 +6709,13 @@ def play_events(workers, maxsize, grace, story):
 @pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
 def test_any_sequence_of_events_keeps_to_the_model(examples, nothing_serves, tmp_path):
     """Model: any sequence. Accounts close, order holds, and nothing is lost."""
-    hypothesis.configuration.set_hypothesis_home_dir(tmp_path)
-    play = hypothesis.given(
-        workers=some.sampled_from([1, 1, 2, 3]),
-        maxsize=some.sampled_from([0, 0, 3]),
+    play_many(
+        play_events,
+        examples,
+        tmp_path,
         grace=some.sampled_from([None, None, 0]),
         story=some.lists(EVENTS, min_size=15, max_size=30),
-    )(play_events)
-    chosen = {"database": None, "deadline": None, "derandomize": True}
-    chosen["suppress_health_check"] = list(hypothesis.HealthCheck)
-    hypothesis.settings(max_examples=examples, **chosen)(play)()
+    )
 
 
 @contextlib.contextmanager
@@ -6826,105 +6747,48 @@ def stumbling(seed):
         threading.settrace(outer[1])
 
 
-class Played(Model):
-    """Jobs that do what was drawn for them, deferred by several threads at once."""
-
-    def owed(self):
-        return set()  # who can tell, as all happens at once?
-
-    def steps_of(self, call):
-        """Do what is planned; give the seconds to sleep meanwhile."""
-        for what in call.plan:
-            if isinstance(what, dict):
-                self.defer(**what)
-            elif what in VERDICTS:
-                raise what()
-            elif what == "cancel" and call.task:
-                call.task.cancel()
-            yield 0.001 * (what == "sleep")
-
-    def play(self, call):
-        for seconds in self.steps_of(call):
-            sleep(seconds)
-
-    async def aplay(self, call):
-        for seconds in self.steps_of(call):
-            await asyncio.sleep(seconds)
-
-    def draw(self, draw):
-        """Return what to call self.defer() with."""
-        job = {
-            "kind": draw.choice(["sync", "async", "both"]),
-            "priority": draw.choice([0, 0, 0, 0, -1, 1]),
-            "max_attempts": draw.choice([1, 1, 1, 2, 3]),
-            "backoff": draw.choice([0, 0.001]),
-            "delay": draw.choice([0] * 7 + [-1, 0.001, 0.003]),
-        }
-        if draw.random() < 0.1:
-            job |= {"kind": "async", "endless": True}
-        steps = ["sleep", "turn", "cancel", draw.choice(VERDICTS), "defer"]
-        plan = draw.choices(steps, k=draw.choice([0, 0, 1, 2]))
-        job["plan"] = [self.draw(draw) if step == "defer" else step for step in plan]
-        return job
-
-    def start_threads(self, draw):
-        """Have threads defer, and one look."""
-        threads = [threading.Thread(target=self.watch)]
-        for _ in range(draw.choice([1, 2, 4])):
-            jobs = [self.draw(draw) for _ in range(draw.choice([1, 2, 6]))]
-            produce = partial(lambda jobs: [self.defer(**job) for job in jobs], jobs)
-            threads.append(threading.Thread(target=produce))
-        for thread in threads:
-            thread.start()
-        return threads
-
-    def watch(self):
-        for _ in range(10):
-            least, accepted = self.taken, since(self.before).get("accepted", 0)
-            self.judge(least <= accepted <= len(self.calls), "accepted:", accepted)
-            join(0.001)
-
-    def start_or_stop(self, draw):
-        if self.alive() and draw.random() < 0.7:
-            self.stop(draw.choice([0, 0, 1]), draw.choice([False, True]))
-        else:
-            self.start(draw.choice([False, True]))
-
-
-def simulate(seed):
-    """Play a story that is drawn from a seed."""
-    draw = random.Random(seed)
-    workers, maxsize = draw.choice([1, 1, 2, 3]), draw.choice([0, 0, 0, 4])
-    model = Played(workers, maxsize, draw.choice([None, None, 0, 0.002]))
+def simulate(seed, workers, maxsize, grace, stories, lifespans):
+    """Have threads defer at once; then again, while lifespans start and end."""
+    model, draw = Model(workers, maxsize, grace), random.Random(seed)
+    model.overlap = True
+    model.at_once = partial(draw.choice, [*[None] * len(VERDICTS), *VERDICTS])
     log = heard(model.hear, draw.choice(["DEBUG", "INFO"]))
     with configured(WORKERS=workers, QUEUE_MAXSIZE=maxsize), stumbling(seed), log:
-        with configured(SHUTDOWN_GRACE_PERIOD=model.grace):
-            # All that is deferred is run, as long as nobody who serves has ended.
+        with configured(SHUTDOWN_GRACE_PERIOD=grace):
             if draw.random() < 0.7:
                 model.start(shared=False)
-            for thread in model.start_threads(draw):
-                thread.join(HANG)
-            model.until(lambda: not join(Model.patience) and f"left lying: {stats()}")
-            # Then all at once: who defers, who serves, and who ends.
-            threads = model.start_threads(draw)
-            for _ in range(draw.choice([1, 2, 3])):
-                model.start_or_stop(draw)
-            for thread in threads:
-                thread.join(HANG)
+            for events in [], lifespans:
+                threads = [threading.Thread(target=model.watch)]
+                threads += [
+                    threading.Thread(target=lambda s=story: [each(model) for each in s])
+                    for story in stories
+                ]
+                for thread in threads:
+                    thread.start()
+                for happen in events:
+                    happen(model)
+                for thread in threads:
+                    thread.join(HANG)
+                if not events:  # nobody who serves has ended
+                    model.until(lambda: not join(Model.patience) and "left lying")
         model.finish()
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 800), marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:coroutine")  # of a loop that ends in between
-def test_any_interleaving_keeps_to_the_model(seeds, nothing_serves):
+def test_any_interleaving_keeps_to_the_model(examples, nothing_serves, tmp_path):
     """Simulation: any interleaving. No wake-up is missed, and no job runs twice."""
-    for seed in seeds:
-        try:
-            simulate(seed)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}") from error
+    play_many(
+        simulate,
+        examples,
+        tmp_path,
+        seed=some.integers(0, 10**6),
+        grace=some.sampled_from([None, None, 0, 0.002]),
+        stories=some.lists(
+            some.lists(HURRIED, min_size=1, max_size=6), min_size=1, max_size=4
+        ),
+        lifespans=some.lists(COMING_AND_GOING, min_size=1, max_size=3),
+    )
 
 
 # Chaos
