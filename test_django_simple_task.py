@@ -5230,38 +5230,57 @@ async def record_async(path, entry):
     record.func(path, entry)
 
 
+ENGINES = {
+    "django_tasks_db.DatabaseBackend": ["db_worker", "--batch", "--queue-name=*"],
+    "django_tasks_rq.RQBackend": ["rqworker", "default", "low", "--burst"]
+    + ["--with-scheduler", "--job-class=django_tasks_rq.Job"],
+}
+
+
+@contextlib.contextmanager
+def redis_server(folder):
+    if not shutil.which("redis-server"):
+        pytest.skip("needs Debian's redis-server")
+    command = ["redis-server", "--port", "0", "--unixsocket", f"{folder}/redis"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as server:
+        try:
+            while b"accept connections at" not in server.stdout.readline():
+                assert server.poll() is None
+            yield
+        finally:
+            server.terminate()
+
+
 @pytest.mark.long
-def test_a_real_engine(no_server, tmp_path):
-    """Overflow: engines. What flows over or is handed over its workers run, once."""
-    package = "django_tasks_db"
+@pytest.mark.parametrize("backend", ENGINES)
+def test_real_engines(backend, no_server, tmp_path):
+    """Overflow: engines. What flows over or is handed over their workers run, once."""
+    package, worker = backend.partition(".")[0], ENGINES[backend]
     if not importlib.util.find_spec(package):
         pytest.skip(f"needs the package {package}")
-    ledger, database = tmp_path / "ledger", tmp_path / "database"
-    engine = {"BACKEND": f"{package}.DatabaseBackend", "QUEUES": ["default", "low"]}
-    apps = ["django_simple_task", package]
-    apps += ["django_tasks"] * (TASKS_NAME == "django_tasks")
-
-    def run(script):
-        before = f"""
+    on_db, ledger = package == "django_tasks_db", tmp_path / "ledger"
+    apps = ["django_simple_task", package if on_db else "django_rq"]
+    database = {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{tmp_path}/database"}
+    redis = {"URL": f"unix://{tmp_path}/redis"}
+    engine = {"BACKEND": backend, "QUEUES": ["default", "low"]}
+    before = f"""
         import atexit, {__name__} as t
         from django.core.management import call_command
         t.set_the_scene()
         path, soon = {str(ledger)!r}, t.timezone.now() + t.timedelta(seconds=3)
-        """
+    """
+
+    def run(script, **tasks):
         return run_to_its_end(
             before + script,
-            INSTALLED_APPS=apps,
-            DATABASES={
-                "default": {
-                    "ENGINE": "django.db.backends.sqlite3",
-                    "NAME": str(database),
-                }
-            },
+            INSTALLED_APPS=apps + ["django_tasks"] * (TASKS_NAME == "django_tasks"),
+            DATABASES={"default": database},
+            RQ_QUEUES={"default": redis, "low": redis},
             DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=1,
-            TASKS={"default": simple_tasks(OVERFLOW_BACKEND="there"), "there": engine},
+            TASKS=tasks,
         ).stdout.split()
 
-    flow_over = """
+    flow_over = f"""
         call_command("migrate", verbosity=0)
         t.hold_worker()
         t.record.enqueue(path, "here")  # and the queue is full
@@ -5269,20 +5288,24 @@ def test_a_real_engine(no_server, tmp_path):
         t.record_async.enqueue(path, "async")
         t.record.using(queue_name="low").enqueue(path, "queue")
         t.record.using(run_after=soon).enqueue(path, "run_after")
-        t.record.using(priority=5).enqueue(path, "priority")
+        t.record.using(priority=5 * {on_db}).enqueue(path, "priority")
         t.scene.release.set()
         assert join(10)
         t.record.using(run_after=soon).enqueue(path, "scheduled")
         atexit.register(lambda: print(open(path).read(), stats()["handed_over"]))
     """
     work = """
-        while len(open(path).readlines()) < 7:
-            call_command("db_worker", "--batch", "--queue-name=*", "--backend=there")
+        while len(open(path).readlines()) < {}:
+            call_command(*{})
     """
-    assert run(flow_over) == ["here", "1"]
-    run(work)
+    with contextlib.nullcontext() if on_db else redis_server(tmp_path):
+        over = {"default": simple_tasks(OVERFLOW_BACKEND="there"), "there": engine}
+        assert run(flow_over, **over) == ["here", "1"]
+        run(work.format(7, worker + ["--backend=there"] * on_db), **over)
+        run("    defer(t.record, {'args': [path, 'alone']})", default=engine)
+        run(work.format(8, worker), default=engine)
     entries = ["async", "here", "priority", "queue", "run_after", "scheduled", "sync"]
-    assert sorted(ledger.read_text().split()) == entries
+    assert sorted(ledger.read_text().split()) == sorted(["alone", *entries])
 
 
 # Database
