@@ -6555,19 +6555,20 @@ def play_many(play, examples, folder, **drawn):
     hypothesis.configuration.set_hypothesis_home_dir(folder)
     drawn["workers"] = some.sampled_from([1, 1, 2, 3])
     drawn["maxsize"] = some.sampled_from([0, 0, 3])
-    chosen = {"database": None, "deadline": None, "derandomize": True}
-    chosen["suppress_health_check"] = list(hypothesis.HealthCheck)
-    hypothesis.settings(max_examples=examples, **chosen)(
-        hypothesis.given(**drawn)(play)
-    )()
+    chosen = hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    chosen(hypothesis.given(**drawn)(play))()
 
 
 def play_events(workers, maxsize, grace, story):
     model = Model(workers, maxsize, grace)
-    with (
-        heard(model.hear, logging.DEBUG),
-        configured(WORKERS=workers, QUEUE_MAXSIZE=maxsize),
-    ):
+    log = heard(model.hear, logging.DEBUG)
+    with configured(WORKERS=workers, QUEUE_MAXSIZE=maxsize), log:
         try:
             with configured(SHUTDOWN_GRACE_PERIOD=grace):
                 for happen in story:
