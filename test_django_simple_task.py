@@ -4386,7 +4386,8 @@ def test_a_result_from_ready_to_successful(use_tz, tasks):
         before, running = timezone.now(), hold_worker()
         ready = add.using(queue_name="low").enqueue(1, second=2)
         assert (ready.status, ready.args) == (IS_READY, [1])
-        assert (ready.kwargs, ready.task.func) == ({"second": 2}, add.func)
+        assert (ready.kwargs, ready.backend) == ({"second": 2}, "default")
+        assert ready.task.func is add.func
         assert ready.started_at is ready.last_attempted_at is ready.finished_at is None
         assert (ready.attempts, ready.worker_ids, ready.errors) == (0, [], [])
         with pytest.raises(ValueError, match="not finished"):
