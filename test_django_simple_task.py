@@ -6647,7 +6647,7 @@ def simulate(seed, workers, maxsize, grace, stories, lifespans):
         model.finish()
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [15, pytest.param(400, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:coroutine")  # of a loop that ends in between
 def test_any_interleaving_keeps_to_the_model(examples, nothing_serves, tmp_path):
     """Simulation: any interleaving. No wake-up is missed, and no job runs twice."""
