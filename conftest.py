@@ -245,9 +245,11 @@ def heard(note, level):
     logger = logging.getLogger("django_simple_task")
     logger.addHandler(handler)
     logger.setLevel(level)
-    yield
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 class Said(Ledger):
