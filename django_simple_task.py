@@ -1601,8 +1601,8 @@ class _Worker:
         self._interruption: BaseException | None = None
         # By which asgiref finds it, for the ORM calls of a job on the loop.
         self.sensitive = ThreadSensitiveContext()
-        _thread_executors[self.sensitive] = self
         self.thread = _start_thread(self._serve, name)
+        _thread_executors[self.sensitive] = self
 
     def call(self, *call: Any) -> None:
         """Have the thread call a function with arguments. It should not raise."""
@@ -1710,8 +1710,8 @@ class _Worker:
         with _process.lock:  # or the loop might have let go of it first
             job.carried = carried = self.pool.call(self.continue_on_loop, job)
         if not carried:
+            self.pool.bury()  # with what the job is waiting for still
             job.drop_awaitable()
-            self.pool.bury()
 
     def recover(self, error: BaseException) -> None:
         """Go on after an exception from outside of any job; it fails that at hand."""
