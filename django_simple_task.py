@@ -1691,7 +1691,8 @@ class _Worker:
         this one is left.
         """
         delay = None
-        self.latest = self._latest_call = None
+        job.carried = False
+        self.leaving = self.latest = self._latest_call = None
         self.clean_connections()
         _forget_loops()
         if not job.is_silent():
@@ -1701,10 +1702,8 @@ class _Worker:
 
     def finish_and_run(self) -> None:
         """Go on after a job on the loop, unless that was done."""
-        job, self.leaving = self.leaving, None
-        if job is not None:
-            job.carried = False
-            self.run(self.finish(job))
+        job = self.leaving
+        self.run(job and self.finish(job))
 
     def carry_to_loop(self, job: _Job) -> None:
         with _process.lock:  # or the loop might have let go of it first
@@ -1790,6 +1789,8 @@ class _Worker:
         worker = self.replace(job) if self.hangs() else self
         worker.leaving = job
         worker.call(worker.finish_and_run)
+        if self.pool.closed:
+            worker.end()  # perhaps once more: a job may outlive the drain
         return None
 
     def replace(self, job: _Job) -> _Worker:

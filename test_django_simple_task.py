@@ -1384,8 +1384,8 @@ def test_an_awaitable_whose_loop_was_closed_is_lost():
     assert "never awaited" not in script.stderr
 
 
-def test_a_job_that_was_interrupted_on_its_way_to_the_loop_has_failed(said):
-    """Deferring: interruptions. The loop finds that it has ended, and goes on."""
+def test_what_is_interrupted_on_its_way_to_the_loop(said):
+    """Deferring: interruptions. A job has failed; a `defer` may have woken a worker."""
 
     class Loop(asyncio.SelectorEventLoop):
         def call_soon_threadsafe(self, *args, **kwargs):
@@ -1401,12 +1401,22 @@ def test_a_job_that_was_interrupted_on_its_way_to_the_loop_has_failed(said):
         async with serving():
             defer(job)
             assert said.until("failed")  # the loop is held up until then
-            defer(lambda: asyncio.sleep(0))
+            while stats()["in_flight"]:
+                pass
+            await asyncio.sleep(0)
+            interrupted.append(threading.get_ident())
+            release = asyncio.Event()
+            with pytest.raises(MemoryError):
+                defer(release.wait)
+            defer(sync_to_async(release.is_set))
+            while not stats()["in_flight"]:
+                await asyncio.sleep(0)
+            release.set()
 
     interrupted, before = [], stats()
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(main())
-    assert since(before) == {"accepted": 2, "failed": 1, "succeeded": 1}
+    assert since(before) == {"accepted": 3, "failed": 1, "succeeded": 2}
     assert [line.exc_info[0] for line in said.at("ERROR")] == [MemoryError]
 
 
@@ -3879,6 +3889,29 @@ async def test_a_server_that_waits_no_longer_ends_the_drain(first, hung, said):
     assert since(before) == lost
 
 
+@pytest.mark.parametrize("orm", [False, True])
+async def test_a_job_that_outlives_the_drain_leaves_no_thread(orm, hung, said):
+    """Shutdown: grace period. Whenever it ends, and what it has called, nothing stays."""
+    before, outlives, tasks = {*threading.enumerate()}, asyncio.Event(), []
+
+    async def stubborn():
+        tasks.append(asyncio.current_task())
+        with contextlib.suppress(asyncio.CancelledError):
+            await (sync_to_async(hung.job) if orm else hung.coroutine)()
+        await outlives.wait()
+
+    async with serving(SHUTDOWN_GRACE_PERIOD=0):
+        defer(stubborn)
+        await off_the_loop(hung.began.wait, 1)
+    outlives.set()
+    await asyncio.wait(tasks)
+    hung.release.set()
+    for thread in {*threading.enumerate()} - before:
+        if thread.name.startswith("django_simple_task"):
+            await asyncio.to_thread(thread.join, HANG)
+            assert not thread.is_alive()
+
+
 # Without a lifespan
 
 
@@ -4207,21 +4240,18 @@ def test_no_job_falls_between_two_lifespans(rounds, ledger):
     assert since(before) == {"accepted": 82 * rounds, "succeeded": 82 * rounds}
 
 
-def test_an_interruption_may_hit_the_drain_itself():
-    """Without a lifespan: exit. What it has not done yet is done after all."""
+def test_an_interruption_may_come_as_the_drain_waits():
+    """Without a lifespan: exit. It ends the grace period at any moment of the drain."""
     script = run_script(
         AMID_THE_DRAIN
         + """
 def act():
-    raise KeyboardInterrupt
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
 
-def refuse(thread):
-    raise RuntimeError("can't start new thread")
-
+signal.signal(signal.SIGALRM, signal.default_int_handler)
 began = threading.Event()
 defer(lambda: began.set() or time.sleep(3600))
 began.wait(10)
-threading.Thread.start = refuse  # so that the line is written by the drain
 """
     )
     assert script.returncode == 0, script.stderr
