@@ -1605,8 +1605,8 @@ class _Worker:
         self._interruption: BaseException | None = None
         # By which asgiref finds it, for the ORM calls of a job on the loop.
         self.sensitive = ThreadSensitiveContext()
-        _thread_executors[self.sensitive] = self
         self.thread = _start_thread(self._serve, name)
+        _thread_executors[self.sensitive] = self
 
     def call(self, *call: Any) -> None:
         """Have the thread call a function with arguments. It should not raise."""
@@ -1695,7 +1695,8 @@ class _Worker:
         this one is left.
         """
         delay = None
-        self.latest = self._latest_call = None
+        job.carried = False
+        self.leaving = self.latest = self._latest_call = None
         self.clean_connections()
         _forget_loops()
         if not job.is_silent():
@@ -1705,17 +1706,15 @@ class _Worker:
 
     def finish_and_run(self) -> None:
         """Go on after a job on the loop, unless that was done."""
-        job, self.leaving = self.leaving, None
-        if job is not None:
-            job.carried = False
-            self.run(self.finish(job))
+        job = self.leaving
+        self.run(job and self.finish(job))
 
     def carry_to_loop(self, job: _Job) -> None:
         with _process.lock:  # or the loop might have let go of it first
             job.carried = carried = self.pool.call(self.continue_on_loop, job)
         if not carried:
+            self.pool.bury()  # with what the job is waiting for still
             job.drop_awaitable()
-            self.pool.bury()
 
     def recover(self, error: BaseException) -> None:
         """Go on after an exception from outside of any job; it fails that at hand."""
@@ -1794,6 +1793,8 @@ class _Worker:
         worker = self.replace(job) if self.hangs() else self
         worker.leaving = job
         worker.call(worker.finish_and_run)
+        if self.pool.closed:
+            worker.end()  # perhaps once more: a job may outlive the drain
         return None
 
     def replace(self, job: _Job) -> _Worker:

@@ -1160,10 +1160,17 @@ def test_a_defer_may_be_interrupted_anywhere(where, error):
         def serving_if(condition):
             return serving() if condition else contextlib.nullcontext()
 
+        async def arun(n):
+            ran.append(n)
+            await asyncio.sleep(0)
+
+        prior = {"priority": 3, "max_attempts": 2}
+        cases = (ran.append, None), (ran.append, prior), (arun, prior)
+
         async def main():
             async with serving_if(where == "loop"):
-                for options in None, {"priority": 3, "max_attempts": 2}:
-                    call = lambda: defer(ran.append, {"args": [1]}, options=options)
+                for func, options in cases:
+                    call = lambda: defer(func, {"args": [1]}, options=options)
                     for step in at_each_step(call, error):
                         defer(ran.append, {"args": [2]})
                         async with serving_if(where == "first"):  # ends the background
@@ -1328,6 +1335,70 @@ def test_two_that_find_nothing_serving_start_one_background(
     defer(ledger.note)
     assert join(HANG)
     assert (len(ledger.runs), stats()["workers"]) == (2, 1)
+
+
+def test_an_awaitable_whose_loop_was_closed_is_lost():
+    """Deferring: awaitable results. Its server died meanwhile: it is closed, and lost."""
+    script = run_script(
+        """
+        async def start():
+            server = Server(django_simple_task_middleware(plain_app))
+            await server.startup()
+
+        def job():
+            taken.set()
+            closed.wait(10)
+            return asyncio.sleep(0)
+
+        taken, closed, loop = threading.Event(), threading.Event(), asyncio.new_event_loop()
+        loop.run_until_complete(start())
+        defer(job)
+        taken.wait(10)
+        loop.close()
+        closed.set()
+        print(join(10), stats()["workers"], stats()["lost"])
+        """,
+        before="from conftest import Server, plain_app\n",
+    )
+    assert script.stdout == "True 0 1\n", script.stderr
+    assert "lost in flight job=__main__.job" in script.stderr
+    assert "never awaited" not in script.stderr
+
+
+def test_what_is_interrupted_on_its_way_to_the_loop(said):
+    """Deferring: interruptions. A job has failed; a `defer` may have woken a worker."""
+
+    class Loop(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *args, **kwargs):
+            super().call_soon_threadsafe(*args, **kwargs)
+            if threading.get_ident() in interrupted:
+                raise MemoryError(interrupted.pop())
+
+    def job():
+        interrupted.append(threading.get_ident())
+        return asyncio.sleep(0)
+
+    async def main():
+        async with serving():
+            defer(job)
+            assert said.until("failed")  # the loop is held up until then
+            while stats()["in_flight"]:
+                pass
+            await asyncio.sleep(0)
+            interrupted.append(threading.get_ident())
+            release = asyncio.Event()
+            with pytest.raises(MemoryError):
+                defer(release.wait)
+            defer(sync_to_async(release.is_set))
+            while not stats()["in_flight"]:
+                await asyncio.sleep(0)
+            release.set()
+
+    interrupted, before = [], stats()
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(main())
+    assert since(before) == {"accepted": 3, "failed": 1, "succeeded": 2}
+    assert [line.exc_info[0] for line in said.at("ERROR")] == [MemoryError]
 
 
 # Testing
@@ -2877,6 +2948,51 @@ async def test_a_server_that_breaks_off_gets_its_error_after_a_drain(broken, led
     assert len(ledger.runs) == (broken != "startup.complete")
 
 
+async def test_without_room_for_threads_the_startup_fails(monkeypatch):
+    """Startup: failures. The reason is told; the application is not left behind."""
+    ended = []
+
+    async def app(scope, receive, send):
+        try:
+            await send({**STARTED, "asked": await receive()})
+            await receive()
+        finally:
+            ended.append(True)
+
+    full = RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: raises(full))
+    server = Server(django_simple_task_middleware(app))
+    answer = await server.startup()
+    await asyncio.wait_for(server.task, HANG)
+    await asyncio.sleep(0)
+    assert answer["type"] == "lifespan.startup.failed"
+    assert answer["message"] == f"No thread can be started for jobs: {full}"
+    assert (ended, stats()["workers"]) == ([True], 0)
+
+
+@pytest.mark.parametrize("way", ["receive", "throw", "close"])
+def test_a_lifespan_without_a_loop_ends_at_once(way):
+    """Startup: failures. What a server without asyncio raises in it goes out."""
+
+    async def receive():
+        if way == "receive":
+            raise ConnectionError
+        await pause()
+
+    @types.coroutine
+    def pause():
+        yield
+
+    lifespan = django_simple_task_middleware(plain_app)(
+        {"type": "lifespan"}, receive, 0
+    )
+    with pytest.raises(ConnectionError):
+        lifespan.send(None)
+        lifespan.close() if way == "close" else lifespan.throw(ConnectionError)
+        raise ConnectionError
+    assert inspect.getcoroutinestate(lifespan) == inspect.CORO_CLOSED
+
+
 # Shutdown
 
 KINDS_OF_JOBS = "sync", "async", "sensitive"
@@ -3231,6 +3347,94 @@ async def test_each_message_has_its_answer(before):
     assert server.sent == [STARTED] * len(before) + [ENDED]
 
 
+async def test_without_room_for_threads_all_is_reported(hung, said, monkeypatch):
+    """Shutdown: reports. Also where no thread can be started any more."""
+    before, full = stats(), RuntimeError("can't start new thread")
+    async with serving(SHUTDOWN_GRACE_PERIOD=0) as server:
+        defer(sync_to_async(hung.job), options={"timeout": 0.1})
+        await off_the_loop(hung.began.wait, 1)
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: raises(full))
+        while not said.runs:
+            await asyncio.sleep(0)
+        assert await server.shutdown(within=1) == ENDED
+        monkeypatch.undo()
+    assert since(before) == {"accepted": 1, "lost": 1}
+    told = [record.getMessage().partition(" job=")[0] for record in said.runs]
+    place = "No thread can be started in the place of one that hangs."
+    assert told == [place, "lost in flight"]
+
+
+async def test_a_bad_grace_period_is_none(hung, said):
+    """Shutdown: grace period. One that cannot be read is told of, and all is run."""
+    before = stats()
+    async with serving() as server:
+        defer(hung.job)
+        await off_the_loop(hung.began.wait, 1)
+        with override_settings(DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD="soon"):
+            shutdown = asyncio.ensure_future(server.shutdown())
+            await off_the_loop(said.until, "draining")
+            hung.release.set()
+            assert await shutdown == ENDED
+    (error,) = said.at("ERROR")
+    assert "'soon'" in error.getMessage() and "no limit" in error.getMessage()
+    assert since(before) == {"accepted": 1, "succeeded": 1}
+
+
+@pytest.mark.parametrize("first", ["nothing", "cancelled", "broken off"])
+async def test_a_server_that_waits_no_longer_ends_the_drain(first, hung, said):
+    """Shutdown: cancelled lifespan. Before it began, amid one, and once more."""
+
+    async def app(scope, receive, send):
+        async def receive_or_raise():
+            message = await receive()
+            return raises(message) if isinstance(message, Exception) else message
+
+        await django_simple_task_middleware(plain_app)(scope, receive_or_raise, send)
+
+    before, server = stats(), Server(app)
+    if first == "nothing":
+        await asyncio.sleep(0)
+    else:
+        assert await server.startup() == STARTED
+        defer(hung.stubborn)
+        await off_the_loop(hung.began.wait, 1)
+        if first == "cancelled":
+            server.task.cancel()
+            await off_the_loop(said.until, "lost in flight")
+        else:
+            server.put(ConnectionError())
+            await off_the_loop(said.until, "draining")
+    server.task.cancel()
+    await asyncio.wait({server.task}, timeout=HANG)
+    hung.release.set()
+    assert server.task.cancelled()
+    lost = {} if first == "nothing" else {"accepted": 1, "lost": 1}
+    assert since(before) == lost
+
+
+@pytest.mark.parametrize("orm", [False, True])
+async def test_a_job_that_outlives_the_drain_leaves_no_thread(orm, hung, said):
+    """Shutdown: grace period. Whenever it ends, and what it has called, nothing stays."""
+    before, outlives, tasks = {*threading.enumerate()}, asyncio.Event(), []
+
+    async def stubborn():
+        tasks.append(asyncio.current_task())
+        with contextlib.suppress(asyncio.CancelledError):
+            await (sync_to_async(hung.job) if orm else hung.coroutine)()
+        await outlives.wait()
+
+    async with serving(SHUTDOWN_GRACE_PERIOD=0):
+        defer(stubborn)
+        await off_the_loop(hung.began.wait, 1)
+    outlives.set()
+    await asyncio.wait(tasks)
+    hung.release.set()
+    for thread in {*threading.enumerate()} - before:
+        if thread.name.startswith("django_simple_task"):
+            await asyncio.to_thread(thread.join, HANG)
+            assert not thread.is_alive()
+
+
 # Without a lifespan
 
 
@@ -3519,6 +3723,24 @@ def test_no_job_falls_between_two_lifespans(rounds, ledger):
     assert since(before) == {"accepted": 82 * rounds, "succeeded": 82 * rounds}
 
 
+def test_an_interruption_may_come_as_the_drain_waits():
+    """Without a lifespan: exit. It ends the grace period at any moment of the drain."""
+    script = run_script(
+        AMID_THE_DRAIN
+        + """
+def act():
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+began = threading.Event()
+defer(lambda: began.set() or time.sleep(3600))
+began.wait(10)
+"""
+    )
+    assert script.returncode == 0, script.stderr
+    assert "lost in flight" in "".join(lines_at("ERROR", script)), script.stderr
+
+
 # Several lifespans
 
 
@@ -3628,6 +3850,36 @@ async def test_lifespans_on_one_loop_share_the_workers(stopped, ledger):
         storm(20)
     assert ledger.runs == list(range(30))
     assert stats()["workers"] == 0
+
+
+async def test_what_an_ending_server_was_woken_for_the_other_runs(ledger):
+    """Several lifespans: at once. A job that wakes a worker of the first is not left."""
+    here, both, sent = asyncio.get_running_loop(), threading.Barrier(2), []
+
+    async def tell():
+        ledger.note(asyncio.get_running_loop())
+
+    async def receive():
+        if not sent:
+            return {"type": "lifespan.startup"}
+        for _ in range(2):
+            defer(both.wait, {"args": [HANG]})
+        while not ledger.runs or ledger.runs[-1] is here:
+            assert await ajoin(HANG)
+            defer(tell)
+            assert await ajoin(HANG)
+        defer(tell)  # for which the worker here is woken, which was idle for longer
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message):
+        sent.append(message)
+
+    with serving_in_a_thread() as (there, _):
+        lifespan = django_simple_task_middleware(plain_app)
+        await lifespan({"type": "lifespan"}, receive, send)
+        await off_the_loop(join, HANG)
+    assert sent == [STARTED, ENDED]
+    assert ledger.runs[-2:] == [there, there]
 
 
 # Forks
@@ -3874,6 +4126,13 @@ def test_every_kind_of_loop_serves(kind, said):
     expected.update(accepted=expected.total(), retried=20)
     assert since(before) == expected
     assert len(said.at("ERROR")) == expected["failed"] + 1
+
+
+@pytest.mark.parametrize("app", [None, "myproject.asgi.application"])
+def test_what_is_no_application_is_refused(app):
+    """ASGI: versions. Of whatever version, an application can be called."""
+    with pytest.raises(TypeError, match=f"not {type(app).__name__}"):
+        django_simple_task_middleware(app)
 
 
 # django.tasks
@@ -4716,6 +4975,35 @@ def test_without_django_tasks():
     assert "django-tasks" in run.stderr.splitlines()[-1]
 
 
+class Reluctant(Exception):
+    def __str__(self):
+        scene.started.set()
+        assert scene.release.wait(HANG)
+        return "late"
+
+
+@task
+def fail_reluctantly():
+    scene.thread = threading.current_thread()
+    raise Reluctant
+
+
+def test_what_is_lost_while_its_error_is_told_stays_lost(no_server):
+    """django.tasks: lost. What its thread finds out later changes nothing."""
+    before = stats()
+    with hearing("task_finished") as told:
+        with tasks_served(SHUTDOWN_GRACE_PERIOD=0.1):
+            result = fail_reluctantly.enqueue()
+            assert scene.started.wait(HANG)
+        scene.release.set()
+        scene.thread.join(HANG)
+    result.refresh()
+    for each in result, *told:
+        assert [error.exception_class for error in each.errors] == [JobLost]
+    assert len(told) == 1
+    assert since(before) == {"accepted": 1, "lost": 1}
+
+
 # Overflow
 
 
@@ -4917,7 +5205,6 @@ def test_an_overflow_that_breaks_at_shutdown(no_server, said):
     assert any(each.exc_info and each.exc_info[0] is OSError for each in said.runs)
 
 
-@pytest.mark.long
 def test_an_overflow_that_hangs_at_shutdown(no_server):
     """Overflow: shutdown. After five seconds what it has not taken is lost."""
     before = stats()
@@ -4927,7 +5214,12 @@ def test_an_overflow_that_hangs_at_shutdown(no_server):
         results = [jot.using(backend="over").enqueue(number) for number in range(5)]
         began = monotonic()
     assert 4 < monotonic() - began < 5 + 1 + 5
-    assert {done(each).errors[0].exception_class for each in results} == {JobLost}
+    scene.release.set()
+    for thread in threading.enumerate():
+        thread.join(HANG) if thread.name == "django_simple_task-helper" else None
+    assert len(scene.taken) == 1  # which it has taken too late
+    for result in results:
+        assert done(result).errors[0].exception_class is JobLost
     assert since(before) == {"accepted": 6, "lost": 6}
 
 
