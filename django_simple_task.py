@@ -1262,20 +1262,23 @@ class _Queue:
                 heappop(heap)
         return ready
 
-    def clear(self) -> list[_Job]:
-        """Take out what is pending."""
-        levels = [self.levels.get(priority, deque()) for priority in self.order]
-        jobs = [job for level in levels for job in level]
-        for level in levels:
-            level.clear()
-        return jobs + _pop_until(self.retries, math.inf)
+    def contents(self, *, pending: bool, scheduled: bool) -> list[_Job]:
+        """Return what waits, in order."""
+        jobs: list[_Job] = []
+        if pending:
+            for priority in self.order:
+                jobs += self.levels.get(priority, ())
+            jobs += [job for *_, job in sorted(self.retries)]
+        if scheduled:
+            jobs += [job for *_, job in sorted(self.scheduled)]
+        return jobs
 
-
-def _pop_until(heap: list[tuple[float, int, _Job]], until: float) -> list[_Job]:
-    jobs = []
-    while heap and heap[0][0] <= until:
-        jobs.append(heappop(heap)[2])
-    return jobs
+    def clear(self, *, pending: bool, scheduled: bool) -> None:
+        if pending:
+            self.levels.clear()
+            self.retries.clear()
+        if scheduled:
+            self.scheduled.clear()
 
 
 class _Process:
@@ -1943,7 +1946,7 @@ class _Pool:
         with _process.lock:
             self.withdraw()
             flying = filter(_Job.is_for_loop, _process.held_by(*self.workers))
-            loss.claim(in_flight=[*flying], waiting=[], scheduled=False)
+            loss.claim([*flying], pending=False, scheduled=False)
         self.workers[0].call(loss.say, math.inf)
         self.end_workers()
 
@@ -2053,8 +2056,8 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             if late or not (flying or pending):
                 loss = _Loss()
                 loss.claim(
-                    in_flight=flying if late else [],
-                    waiting=_process.queue.clear() if late and alone else [],
+                    flying if late else [],
+                    pending=late and alone,
                     scheduled=alone and (late or final),
                 )
                 if final:
@@ -2133,29 +2136,32 @@ class _Loss:
         self.in_flight: list[tuple[_Job, float]] = []
         self.waiting: list[_Job] = []
         # What another backend would take, and what it has taken.
-        self.moving: dict[_Job, None] = {}
+        self.moving: list[_Job] = []
         self.moved: list[_Job] = []
         self.tasks: list[tuple[_Pool, asyncio.Task[None]]] = []
         self.untold: deque[_Job] = deque()
 
     # Under the lock
 
-    def claim(
-        self, in_flight: list[_Job], waiting: list[_Job], scheduled: bool
-    ) -> None:
+    def claim(self, in_flight: list[_Job], *, pending: bool, scheduled: bool) -> None:
         for job in in_flight:
             self.claim_in_flight(job)
-        if scheduled:
-            waiting = waiting + _pop_until(_process.queue.scheduled, math.inf)
-        # What was interrupted as it was moved may wait twice, or have ended.
-        for job in [job for job in dict.fromkeys(waiting) if job.outcome is None]:
-            if job.movable and not job.attempt:
-                self.moving[job] = _process.in_flight[job] = None
+        waiting = _process.queue.contents(pending=pending, scheduled=scheduled)
+        for job in dict.fromkeys(
+            waiting
+        ):  # one waits twice if its move was interrupted
+            if job.movable and not job.attempt and job.outcome is None:
+                _process.in_flight[job] = None
+                self.moving.append(job)
             else:
                 self.lose(job)
+        # Only now: interrupted before, it is counted.
+        _process.queue.clear(pending=pending, scheduled=scheduled)
         _process.notify()
 
     def claim_in_flight(self, job: _Job) -> None:
+        if not job.attempt:
+            return self.lose(job)  # another drain hands it over, or did until now
         worker = _process.in_flight[job]
         if job.task is not None and worker is not None:
             self.tasks.append((worker.pool, job.task))
@@ -2167,6 +2173,8 @@ class _Loss:
         _process.settle(job)
 
     def lose(self, job: _Job) -> None:
+        if job.outcome is not None:
+            return
         _process.in_flight[job] = None  # for the one step that this takes
         _process.claim(job, "lost", "The process ended before the job began.")
         _process.settle(job)
@@ -2185,8 +2193,7 @@ class _Loss:
             began += _HAND_OVER
             yield from _in_spare_thread(self.hand_over, began)
             with _process.lock:
-                left, self.moving = [*self.moving], {}
-                for job in left:
+                for job in self.moving:
                     self.lose(job)
         until = began + _LAST_WORDS
         if self.jobs():
@@ -2198,15 +2205,13 @@ class _Loss:
 
     def hand_over(self) -> None:
         """Have another backend take what it would take."""
-        for job in [*self.moving]:
-            if job not in self.moving:
-                return  # the time is up
+        for job in self.moving:
+            if job.outcome is not None:
+                continue  # the time is up, or another drain was faster
             with _reported(f"{job.name} could not be handed over."):
                 where = job.hand_over()
                 with _process.lock:
-                    if job in self.moving:
-                        del self.moving[job]
-                        _process.claim(job, "handed_over", where)
+                    if _process.claim(job, "handed_over", where):
                         _process.settle(job)
                         self.moved.append(job)
 
@@ -2259,7 +2264,7 @@ def _drain_at_exit() -> None:
             pool.thread.join(_PATIENCE)
     loss = _Loss()
     with _process.lock:
-        loss.claim(in_flight=[], waiting=_process.queue.clear(), scheduled=True)
+        loss.claim([], pending=True, scheduled=True)
     _drive(loss.tell())
 
 

@@ -5223,6 +5223,28 @@ def test_an_overflow_that_hangs_at_shutdown(no_server):
     assert since(before) == {"accepted": 6, "lost": 6}
 
 
+def test_a_lifespan_ends_while_another_one_hands_tasks_over(no_server):
+    """Overflow: shutdown. What neither has handed over yet is lost, and told of once."""
+    before, taking = stats(), threading.Event()
+    scene.as_it_takes = lambda: (taking.set(), scene.release.wait(HANG))
+    later = jot.using(backend="over", run_after=timezone.now() + HOUR)
+    with hearing("task_finished") as told, ThreadPoolExecutor(1) as executor:
+        with configured(), serving_in_a_thread() as (_, shut_down):
+            results = [later.enqueue(number) for number in range(2)]
+            ended = executor.submit(shut_down)
+            assert taking.wait(HANG)
+            with tasks_served(SHUTDOWN_GRACE_PERIOD=0):
+                pass
+            assert since(before) == {"accepted": 2, "lost": 2}
+            scene.release.set()
+            assert ended.result(HANG) == ENDED
+    assert since(before) == {"accepted": 2, "lost": 2}
+    assert len(scene.taken) == 1  # too late
+    for result in results:
+        assert done(result).errors[0].exception_class is JobLost
+        assert [each.id for each in told].count(result.id) == 1
+
+
 def test_each_task_runs_here_or_there(no_server):
     """Overflow: shutdown. No Task is both begun here and handed over."""
     before = stats()
