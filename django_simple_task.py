@@ -984,6 +984,24 @@ def _forget_loops() -> None:
     asyncio.set_event_loop(None)
 
 
+# Python 3.14 looks for signals between the entering of a `with` and its body: if a
+# handler raises there, a lock stays taken.
+_MAY_STAY_TAKEN = sys.version_info[:2] == (3, 14)
+
+
+class _Lock(type(threading.RLock())):  # type: ignore[misc]
+    """An RLock that is let go then."""
+
+    def __enter__(self) -> Any:
+        depth = self._recursion_count()
+        try:
+            return self.acquire()
+        except BaseException:
+            while self._recursion_count() > depth:
+                self.release()
+            raise
+
+
 def _belong_to(loop: asyncio.AbstractEventLoop) -> None:
     """Have async_to_sync() in this thread run its coroutines on a loop."""
     place: Any = getattr(SyncToAsync, "threadlocal", None)
@@ -1285,7 +1303,7 @@ class _Process:
     """The queue of this process, who serves it, what is in flight, and the accounts."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = _Lock() if _MAY_STAY_TAKEN else threading.RLock()
         self.queue = _Queue(self.lock)
         self.pools: tuple[_Pool, ...] = ()  # those that serve, the latest last
         self.idle: dict[_Worker, None] = {}
