@@ -1666,7 +1666,7 @@ def test_the_module_needs_django_and_asgiref_only():
 
 
 def test_the_app_is_looked_for_when_jobs_are_deferred(monkeypatch):
-    """Compatibility: no app installed. Not yet loaded, or of another name: it says."""
+    """Compatibility: no app installed. Not yet loaded, or of another name: it says so."""
     name = "vendored_simple_task"
     spec = importlib.util.spec_from_file_location(name, django_simple_task.__file__)
     vendored = importlib.util.module_from_spec(spec)
@@ -1676,6 +1676,8 @@ def test_the_app_is_looked_for_when_jobs_are_deferred(monkeypatch):
     with pytest.raises(ImproperlyConfigured, match=f"{name} and as django_simple_task"):
         vendored.defer(int)
     with override_settings(INSTALLED_APPS=[]):
+        with pytest.raises(ImproperlyConfigured, match=f'Add "{name}" to INSTALLED'):
+            vendored.defer(int)
         monkeypatch.setattr(apps, "apps_ready", False)
         with pytest.raises(ImproperlyConfigured, match=r"after django\.setup\(\)"):
             vendored.defer(int)
