@@ -1280,23 +1280,18 @@ class _Queue:
                 heappop(heap)
         return ready
 
-    def contents(self, *, pending: bool, scheduled: bool) -> list[_Job]:
+    def contents(self) -> list[_Job]:
         """Return what waits, in order."""
-        jobs: list[_Job] = []
-        if pending:
-            for priority in self.order:
-                jobs += self.levels.get(priority, ())
-            jobs += [job for *_, job in sorted(self.retries)]
-        if scheduled:
-            jobs += [job for *_, job in sorted(self.scheduled)]
+        levels = [self.levels.get(priority, ()) for priority in self.order]
+        jobs = [job for level in levels for job in level]
+        for heap in self.retries, self.scheduled:
+            jobs += [job for *_, job in sorted(heap)]
         return jobs
 
-    def clear(self, *, pending: bool, scheduled: bool) -> None:
-        if pending:
-            self.levels.clear()
-            self.retries.clear()
-        if scheduled:
-            self.scheduled.clear()
+    def clear(self) -> None:
+        self.levels.clear()
+        self.retries.clear()
+        self.scheduled.clear()
 
 
 class _Process:
@@ -1964,7 +1959,7 @@ class _Pool:
         with _process.lock:
             self.withdraw()
             flying = filter(_Job.is_for_loop, _process.held_by(*self.workers))
-            loss.claim([*flying], pending=False, scheduled=False)
+            loss.claim([*flying], waiting=False)
         self.workers[0].call(loss.say, math.inf)
         self.end_workers()
 
@@ -2073,11 +2068,9 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             late = now >= pool.deadline
             if late or not (flying or pending):
                 loss = _Loss()
-                loss.claim(
-                    flying if late else [],
-                    pending=late and alone,
-                    scheduled=alone and (late or final),
-                )
+                # Unless it is late, nothing waits but what is scheduled.
+                waiting = alone and (late or final)
+                loss.claim(flying if late else [], waiting=waiting)
                 if final:
                     pool.withdraw()
                 break
@@ -2161,21 +2154,22 @@ class _Loss:
 
     # Under the lock
 
-    def claim(self, in_flight: list[_Job], *, pending: bool, scheduled: bool) -> None:
+    def claim(self, in_flight: list[_Job], *, waiting: bool) -> None:
         for job in in_flight:
             self.claim_in_flight(job)
-        waiting = _process.queue.contents(pending=pending, scheduled=scheduled)
-        for job in dict.fromkeys(
-            waiting
-        ):  # one waits twice if its move was interrupted
+        if waiting:
+            self.claim_waiting()
+        _process.notify()
+
+    def claim_waiting(self) -> None:
+        # A job waits twice if its move was interrupted.
+        for job in dict.fromkeys(_process.queue.contents()):
             if job.movable and not job.attempt and job.outcome is None:
                 _process.in_flight[job] = None
                 self.moving.append(job)
             else:
                 self.lose(job)
-        # Only now: interrupted before, it is counted.
-        _process.queue.clear(pending=pending, scheduled=scheduled)
-        _process.notify()
+        _process.queue.clear()  # only now: interrupted before, it is counted
 
     def claim_in_flight(self, job: _Job) -> None:
         if not job.attempt:
@@ -2282,7 +2276,7 @@ def _drain_at_exit() -> None:
             pool.thread.join(_PATIENCE)
     loss = _Loss()
     with _process.lock:
-        loss.claim([], pending=True, scheduled=True)
+        loss.claim([], waiting=True)
     _drive(loss.tell())
 
 
