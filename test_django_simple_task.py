@@ -1229,9 +1229,6 @@ def test_a_signal_handler_may_raise_anywhere_in_a_defer():
         """
         import random
 
-        class Interrupt(BaseException):
-            pass
-
         def interrupt(*args):
             raise Interrupt
 
@@ -1249,6 +1246,7 @@ def test_a_signal_handler_may_raise_anywhere_in_a_defer():
         assert join(30), stats()
         assert stats()["accepted"] == stats()["succeeded"], stats()
         """,
+        STEPS,
         dev=False,  # by which it takes other ways
         DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=0,
         **NO_HANG,
@@ -2429,9 +2427,8 @@ def test_no_exception_of_a_job_stops_anything(ledger, lines, fault, kind):
     assert (error.levelname, error.attempt) == ("ERROR", attempts)
     text = logging.Formatter("%(message)s").format(error)
     assert "failed job=" in text and "Traceback" in text
-    assert (
-        "in break_down" in text or fault is TimeoutError
-    )  # of which asyncio makes one
+    made_by_asyncio = fault is TimeoutError
+    assert "in break_down" in text or made_by_asyncio
 
 
 @pytest.mark.parametrize("stderr", [True, False])
@@ -2997,20 +2994,7 @@ def test_a_lifespan_without_a_loop_ends_at_once(way):
 
 # Shutdown
 
-KINDS_OF_JOBS = "sync", "async", "sensitive"
-
-
-def defer_a(kind, function, *args):
-    """Defer a function as a job of some kind."""
-
-    async def coroutine_function():
-        function(*args)
-
-    if kind == "async":
-        defer(coroutine_function)
-    else:
-        options = {"thread_sensitive": kind == "sensitive"}
-        defer(function, {"args": args}, options=options)
+KINDS_OF_JOBS = "sync", "async", "thread_sensitive"
 
 
 # A tree is the kind of a job, and the trees of the jobs that it defers.
@@ -3037,7 +3021,7 @@ def test_a_drain_runs_all_that_waits_and_what_comes_of_it(forest, workers):
     def job(path, trees):
         ran[path] += 1
         for n, (kind, grown) in enumerate(trees):
-            defer_a(kind, job, (*path, n), grown)
+            defer_as(kind, job, (*path, n), grown)
 
     def count(trees):
         return sum(1 + count(grown) for _, grown in trees)
@@ -3076,7 +3060,7 @@ async def test_all_is_accounted_for_when_the_answer_is_sent(ledger, said):
     server = Watched(django_simple_task_middleware(plain_app))
     assert await server.startup() == STARTED
     for n in range(30):
-        defer_a(KINDS_OF_JOBS[n % 3], ledger.note)
+        defer_as(KINDS_OF_JOBS[n % 3], ledger.note)
         defer(do_nothing, options={"run_after": (n + 1) * HOUR})
     assert since(before)["scheduled"] == 30
     await server.shutdown()
@@ -3706,7 +3690,7 @@ def test_no_job_falls_between_two_lifespans(rounds, ledger):
         for number in range(rounds):
             barrier.wait(HANG)
             for n in range(5):
-                defer_a(KINDS_OF_JOBS[n % 2], ledger.note, (name, number, n))
+                defer_as(KINDS_OF_JOBS[n % 2], ledger.note, (name, number, n))
 
     async def main(number):
         defer(ledger.note, {"args": [("before", number)]})
@@ -3752,7 +3736,7 @@ def test_a_hundred_lifespans_one_after_another(ledger):
     async def main():
         async with serving(WORKERS=3):
             for kind in KINDS_OF_JOBS:
-                defer_a(kind, ledger.note)
+                defer_as(kind, ledger.note)
 
     left = []
     for _ in range(100):
@@ -3773,7 +3757,7 @@ def test_servers_in_two_threads_share_the_queue(ledger):
 
     def storm(start):
         for n in range(start, start + 200):
-            defer_a(KINDS_OF_JOBS[n % 3], ledger.note, n)
+            defer_as(KINDS_OF_JOBS[n % 3], ledger.note, n)
 
     with serving_in_a_thread() as (first, _):
         with serving_in_a_thread() as (second, _):
