@@ -46,7 +46,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import codecs
 import contextlib
 import difflib
 import functools
@@ -65,14 +64,7 @@ import traceback
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Generator,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
@@ -82,7 +74,7 @@ from heapq import heappop, heappush
 from importlib import import_module
 from time import monotonic, sleep
 from types import FunctionType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import asgiref.local
 import django.db.backends.base.base
@@ -121,13 +113,8 @@ def _import_tasks() -> Any:
 
 
 tasks = _import_tasks()
-if TYPE_CHECKING:
-    from django.tasks.backends.base import BaseTaskBackend
-
-    TaskResult: Any
-else:
-    TaskResult = tasks.TaskResult if tasks else object
-    BaseTaskBackend = tasks.backends.base.BaseTaskBackend if tasks else object
+TaskResult: Any = tasks.TaskResult if tasks else object
+BaseTaskBackend: Any = tasks.backends.base.BaseTaskBackend if tasks else object
 
 __all__ = [
     "DjangoSimpleTaskConfig",
@@ -162,7 +149,13 @@ class _Field(NamedTuple):
         if value is None and self.default is None:
             return None
         if self.kind is object:
-            return _callable_at(value)
+            try:
+                value = import_string(value) if isinstance(value, str) else value
+            except Exception as error:  # of the module, too
+                raise ValueError from error
+            if not callable(value):
+                raise TypeError
+            return value
         if self.kind is float and isinstance(value, timedelta):
             value = value.total_seconds()
         fits = isinstance(value, _ABSTRACT.get(self.kind, self.kind))
@@ -178,45 +171,24 @@ class _Field(NamedTuple):
 _ABSTRACT: dict[type, type] = {int: numbers.Integral, float: numbers.Real}
 
 
-def _callable_at(value: Any) -> Any:
-    """Return a callable, or what is at its dotted path."""
-    if isinstance(value, str):
-        try:
-            value = import_string(value)
-        except Exception as error:  # of the module, too
-            raise ValueError from error
-    if not callable(value):
-        raise TypeError
-    return value
-
-
 _PREFIX = "DJANGO_SIMPLE_TASK_"
 _SETTINGS = {
     # Jobs in flight at once per serving loop; read at startup.
     "WORKERS": _Field(1, "a whole number from 1 to 1000", int, 1, 1000),
     # Jobs waiting at most in the process; read at each call.
-    "QUEUE_MAXSIZE": _Field(
-        100_000, "a whole number from 0 (which sets no limit)", int
-    ),
+    "QUEUE_MAXSIZE": _Field(100_000, "a whole number, 0 for no limit", int),
     # Seconds that a drain may take; read when the drain begins.
-    "SHUTDOWN_GRACE_PERIOD": _Field(
-        None, "a number of seconds from 0, or None to wait until all is done", float
-    ),
+    "SHUTDOWN_GRACE_PERIOD": _Field(None, "seconds from 0, None for no limit", float),
     # Whether jobs run before the call returns, for tests; read at each call.
     "IMMEDIATE": _Field(False, "True or False", bool),
     # What returns a context manager for each attempt; read at each attempt.
-    "AROUND_JOB": _Field(
-        None, "a callable or the dotted path of one, or None for nothing", object
-    ),
+    "AROUND_JOB": _Field(None, "a callable, the dotted path of one or None", object),
 }
 
 
 @functools.cache
 def _setting(name: str) -> Any:
-    """
-    Return a setting of ours, or raise ImproperlyConfigured. It is remembered until
-    `setting_changed` is sent, for an attribute of `settings` takes its time.
-    """
+    """Return a setting of ours, remembered until `setting_changed` is sent."""
     wanted = _SETTINGS[name]
     value = getattr(settings, _PREFIX + name, wanted.default)
     try:
@@ -225,11 +197,6 @@ def _setting(name: str) -> Any:
         raise ImproperlyConfigured(
             f"{_PREFIX}{name} is {_shown(value)}: it must be {wanted.allowed}."
         ) from error
-
-
-def _forget_settings(**kwargs: Any) -> None:
-    """Receive setting_changed."""
-    _setting.cache_clear()
 
 
 def _number_in(value: Any) -> Any:
@@ -251,14 +218,11 @@ def _cut(text: str) -> str:
     """Make text of unknown origin fit for a line of a log."""
     text = text[: _LONGEST_NAME + 1]
     if not (text.isascii() and text.isprintable()):
-        text = _escape(text)[0].decode()
+        text = ascii(text)[1:-1]
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 _LONGEST_NAME = 200
-# Here, as str.encode() imports its codec when it first needs it: in a defer(), perhaps,
-# that a signal handler interrupts to defer, too.
-_escape = codecs.getencoder("unicode_escape")
 
 
 # Exceptions
@@ -301,8 +265,7 @@ def defer(
 
     - "thread_sensitive" (bool, False): run a sync function in asgiref's one
       thread-sensitive thread of the process. No meaning for coroutine functions.
-    - "priority" (int from -100 to 100, 0): higher first, equal ones first in, first
-      out.
+    - "priority" (int from -100 to 100, 0): higher first, then first in, first out.
     - "run_after" (aware datetime or timedelta, None): not before then.
     - "timeout" (seconds above 0 or timedelta, None): for coroutine functions. An
       attempt that takes longer is cancelled, and failed with TimeoutError.
@@ -324,17 +287,12 @@ def defer(
     checked, delay = _NO_OPTIONS, None
     if options is not None:
         checked, delay = _check_options(options, on_loop)
-        on_loop = on_loop or checked.thread_sensitive  # asgiref is called from there
+        on_loop = on_loop or checked["thread_sensitive"]  # asgiref is called there
+    _process.check_room()  # what is refused is not said to be deferred
     job = _Job(func, args, kwargs, on_loop, checked, _capture_context())
-    immediate = _setting("IMMEDIATE")
-    if asked := _logger().isEnabledFor(logging.DEBUG):
-        if not immediate:
-            _process.check_room()  # what is refused is not said to be deferred
+    if _logger().isEnabledFor(logging.DEBUG):
         _log(logging.DEBUG, job, "deferred")
-    if immediate:
-        _run_immediately(job)
-    else:
-        _process.put(job, delay, asked=asked)
+    _process.put(job, delay)
 
 
 def join(timeout: float | None = None) -> bool:
@@ -392,7 +350,6 @@ def _deadline(seconds: float | None) -> float:
 
 
 def _drive(waiting: _Waiting) -> None:
-    """Wait in this thread."""
     # No Event: a signal handler that defers would wait for the lock that we hold in it.
     changes: queue.SimpleQueue[None] = queue.SimpleQueue()
     with _process.watching(functools.partial(changes.put, None)):
@@ -403,14 +360,8 @@ def _drive(waiting: _Waiting) -> None:
 
 
 async def _adrive(waiting: _Waiting) -> None:
-    """Wait on this loop."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-    def notify() -> None:
-        with contextlib.suppress(RuntimeError):  # on a closed loop nobody waits
-            loop.call_soon_threadsafe(event.set)
-
-    with _process.watching(notify):
+    with _process.watching(functools.partial(_call_on, loop, event.set)):
         for until in waiting:
             seconds = min(until - monotonic(), threading.TIMEOUT_MAX)
             timer = loop.call_later(max(seconds, 0), event.set)
@@ -424,7 +375,7 @@ async def _adrive(waiting: _Waiting) -> None:
 def _run_immediately(job: _Job) -> None:
     """Run a job here and now. Of all that it may raise, KeyboardInterrupt is raised."""
     _check_configuration()
-    if job.options.thread_sensitive:
+    if job.options["thread_sensitive"]:
         job.on_loop = False  # any job is in its caller's thread
     again: float | None = 0.0
     try:
@@ -433,7 +384,17 @@ def _run_immediately(job: _Job) -> None:
                 _process.in_flight[job] = None
                 job.begin()
                 _process.retried += job.attempt > 1
-            error = _attempt_immediately(job)
+            try:
+                if job.to_announce:
+                    _off_the_loop(functools.partial(job.announce, "immediate"))
+                if not job.on_loop:
+                    job.scope.run(job.run)
+                if job.on_loop or job.awaitable is not None:
+                    _off_the_loop(lambda: job.scope.run(_await_here, job))
+            except BaseException as interruption:  # Ctrl-C, or no thread can be started
+                job.drop_awaitable()
+                job.raised = interruption
+            error = job.raised
             again = _off_the_loop(job.end)
     finally:
         with _process.lock:
@@ -445,24 +406,10 @@ def _run_immediately(job: _Job) -> None:
         raise error
 
 
-def _attempt_immediately(job: _Job) -> Any:
-    """Return what it has raised."""
-    try:
-        if job.to_announce:
-            _off_the_loop(functools.partial(job.announce, "immediate"))
-        if not job.on_loop:
-            job.run()
-        if job.on_loop or job.awaitable is not None:
-            _off_the_loop(lambda: job.scope.run(_await_here, job))
-    except BaseException as interruption:  # Ctrl-C, or no thread can be started
-        job.drop_awaitable()
-        job.raised = interruption
-    return job.raised
-
-
 def _await_here(job: _Job) -> None:
+    _enter(job.scope)
     # async_to_sync() is made here, off the loop: it may keep the loop that it finds.
-    _enter_and_call(job.scope, async_to_sync(job.arun), None)
+    async_to_sync(job.arun)(None)
 
 
 def _off_the_loop(function: Callable[[], Any]) -> Any:
@@ -508,36 +455,17 @@ def _fulfil(
 # Jobs
 
 
-class _Options(NamedTuple):
-    thread_sensitive: bool
-    priority: int
-    timeout: float | None
-    max_attempts: int
-    backoff: float
-
-
 _OPTIONS = {
     "thread_sensitive": _Field(False, "True or False", bool),
     "priority": _Field(0, "a whole number from -100 to 100", int, -100, 100),
-    "timeout": _Field(
-        None, "seconds above 0, a timedelta or None", float, math.ulp(0.0)
-    ),
+    "timeout": _Field(None, "seconds above 0, a timedelta or None", float, 5e-324),
     "max_attempts": _Field(1, "a whole number from 1 to 100", int, 1, 100),
     "backoff": _Field(1.0, "seconds from 0, or a timedelta", float),
 }
-_NO_OPTIONS = _Options(**{name: field.default for name, field in _OPTIONS.items()})
+_NO_OPTIONS = {name: field.default for name, field in _OPTIONS.items()}
 _LONGEST_BACKOFF = 3600.0
 # One for all jobs without: the dict is only read.
 _NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-
-class _Attempt(NamedTuple):
-    """What DJANGO_SIMPLE_TASK_AROUND_JOB is called with."""
-
-    name: str
-    id: str
-    attempt: int
-    is_async: bool
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -548,14 +476,14 @@ class _Job:
     args: Any
     kwargs: Any
     on_loop: bool
-    options: _Options
+    options: Mapping[str, Any]
     context: Any
     number: int = 0
     attempt: int = 0
     # "succeeded", "failed", "lost" or "handed_over", once that is certain.
     outcome: str | None = None
     # Of the attempt: when it began, its context, whether the loop has it, its asyncio
-    # task there, what its call has given and is to be awaited still, what it raised.
+    # task there, what is still to be awaited, what it raised.
     started: float = field(init=False)
     scope: Any = field(init=False)
     carried: bool = field(init=False)
@@ -586,7 +514,7 @@ class _Job:
     def begin(self) -> None:
         """Begin an attempt, under the lock. What the one before has set is hidden."""
         self.started = monotonic()
-        many = self.options.max_attempts > 1
+        many = self.options["max_attempts"] > 1
         self.scope = self.context.copy() if many else self.context
         self.awaitable = self.task = None
         self.carried = False
@@ -596,20 +524,11 @@ class _Job:
     def call(self) -> Any:
         return self.func(*self.args, **self.kwargs)
 
-    # Here, in run_here() and arun(), exceptions of every kind end: a job's SystemExit
-    # is no reason to stop the server, and its CancelledError says nothing about us.
+    # In run() and arun() exceptions of every kind end: a job's SystemExit is no reason
+    # to stop the server, and its CancelledError says nothing about us.
 
     def run(self) -> None:
-        """
-        Make the call in this thread, in the job's context. Leave in `awaitable` what is
-        to be awaited, or in `raised` how it ended.
-        """
-        try:
-            self.scope.run(self.run_here)
-        except BaseException as error:
-            self.raised = error
-
-    def run_here(self) -> None:
+        """Make the call in this thread, within the job's context."""
         try:
             _enter(self.scope)
             with self.around():
@@ -623,22 +542,19 @@ class _Job:
             self.raised = error
 
     async def arun(self, sensitive: ThreadSensitiveContext | None) -> None:
-        """
-        Await it on the loop, in an asyncio task of its own and in its context; its ORM
-        calls are made where `sensitive` says, under IMMEDIATE in its caller's thread.
-        """
+        """Await it; ORM calls are made where `sensitive` says, or by the caller."""
         try:
             if sensitive is not None:
                 _enter(self.scope)
-                if self.options.thread_sensitive and self.awaitable is None:
+                if self.options["thread_sensitive"] and self.awaitable is None:
                     await self.run_in_shared_thread()
                     if self.awaitable is None:
                         return
                 _thread_sensitive_context.set(sensitive)
-            if self.options.timeout is None and _setting("AROUND_JOB") is None:
+            if self.options["timeout"] is None and _setting("AROUND_JOB") is None:
                 await self.await_result()
             else:
-                await self.await_within_limits(self.options.timeout)
+                await self.await_within_limits(self.options["timeout"])
             self.raised = None
         except BaseException as error:
             self.raised = error
@@ -667,8 +583,9 @@ class _Job:
         make = _setting("AROUND_JOB")
         if make is None:
             return _NOTHING
-        is_async = self.on_loop and not self.options.thread_sensitive
-        return make(_Attempt(self.name, self.id, self.attempt, is_async))
+        record = SimpleNamespace(name=self.name, id=self.id, attempt=self.attempt)
+        record.is_async = self.on_loop and not self.options["thread_sensitive"]
+        return make(record)
 
     async def await_result(self) -> None:
         awaitable, self.awaitable = self.awaitable, None
@@ -685,7 +602,7 @@ class _Job:
 
         def call() -> None:
             _clean_connections()
-            self.run_here()
+            self.run()
             _clean_connections()
             _forget_loops()
 
@@ -695,7 +612,7 @@ class _Job:
         """Take what a call has returned; it may be but the promise of a result."""
         if inspect.isawaitable(value):
             self.awaitable = value
-        elif isinstance(value, (Generator, AsyncGenerator)):
+        elif isinstance(value, Generator) or hasattr(type(value), "asend"):
             raise TypeError(
                 f"{self.name} returned a {type(value).__name__}, whose body would "
                 "never run. Pass a function that consumes it."
@@ -713,8 +630,6 @@ class _Job:
         """Tell whether only the loop can bring its attempt to an end."""
         return self.on_loop or self.awaitable is not None or self.carried
 
-    # How an attempt ends
-
     def is_silent(self) -> bool:
         """Tell whether nothing is to be said of its end."""
         return (
@@ -724,19 +639,16 @@ class _Job:
         )
 
     def end(self) -> float | None:
-        """
-        Record how the attempt has ended, and tell. Return the seconds until the next,
-        None if it was the last one. Not to be called on a loop, as handlers may block.
-        """
+        """Record and tell how the attempt ended. Return the seconds until the next."""
         if self not in _process.in_flight:
             return None  # a drain gave it up
         if self.raised is _NOT_ENDED:
             self.raised = asyncio.CancelledError("It was cancelled before it began.")
         error, delay = self.raised, None
-        attempts_left = self.options.max_attempts - self.attempt
+        attempts_left = self.options["max_attempts"] - self.attempt
         # Whatever its __class__ says.
         if attempts_left > 0 and issubclass(type(error), Exception):
-            delay = self.options.backoff * 2.0 ** (self.attempt - 1)
+            delay = self.options["backoff"] * 2.0 ** (self.attempt - 1)
             delay = min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
         if error is not None:
             self.note(error)
@@ -746,7 +658,7 @@ class _Job:
                 logging.WARNING,
                 self,
                 "will be retried",
-                max_attempts=self.options.max_attempts,
+                max_attempts=self.options["max_attempts"],
                 delay=round(delay, 3),
                 reason=_describe(error),
             )
@@ -757,15 +669,13 @@ class _Job:
     def tell(
         self, function: Any, *args: Any, within: Context | None = None, **fields: Any
     ) -> None:
-        """
-        Say something about the job in its context; in a copy, since that may still be
-        entered, by what the job has left behind. What is raised ends no worker.
-        """
+        """Speak in a copy of the job's context: what it left may have entered that."""
         context = within
         if context is None:
             context = (self.scope if self.attempt else self.context).copy()
         try:
-            context.run(_enter_and_call, context, function, *args, **fields)
+            context.run(_enter, context)
+            context.run(function, *args, **fields)
         except BaseException as error:
             _write_to_stderr("It could not be told of a job.", error)
             if threading.current_thread() is threading.main_thread():
@@ -796,9 +706,6 @@ class _Job:
 
     def settle(self, outcome: str, reason: str | None) -> None:
         """Note how it has ended, under the lock, and why it was given up."""
-
-    def hand_over(self) -> Any:
-        """Have another backend take it; return a sentence that tells where it is."""
 
 
 _NOT_ENDED = object()
@@ -868,22 +775,15 @@ def _is_coroutine_function(func: Any) -> bool:
     return iscoroutinefunction(inner)
 
 
-_KINDS = (
-    inspect.CO_COROUTINE
-    | inspect.CO_GENERATOR
-    | inspect.CO_ITERABLE_COROUTINE
-    | inspect.CO_ASYNC_GENERATOR
-)
+_KINDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 def _why_not_callable(func: Any) -> str:
-    fault = f"A job must be a function or coroutine function, not {type(func).__name__}"
-    if not inspect.isawaitable(func):
-        return f"{fault}: pass the function itself."
-    new = inspect.CORO_CREATED
-    if inspect.iscoroutine(func) and inspect.getcoroutinestate(func) == new:
+    if inspect.iscoroutine(func) and inspect.getcoroutinestate(func) == "CORO_CREATED":
         func.close()  # or Python would warn that it was never awaited
-    return f"{fault}: pass the function, not the coroutine that it returns."
+    cure = ", not the coroutine that it returns" if inspect.isawaitable(func) else ""
+    kind = type(func).__name__
+    return f"A job must be a function, not {kind}: pass the function{cure}."
 
 
 def _check_arguments(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -918,32 +818,26 @@ def _check_keys(what: str, given: Any, known: Sequence[str]) -> None:
             )
 
 
-def _check_options(options: Any, on_loop: bool) -> tuple[_Options, float | None]:
+def _check_options(options: Any, on_loop: bool) -> tuple[Any, float | None]:
     """Return the options, and in how many seconds the job is due, None for now."""
     _check_keys("options", options, (*_OPTIONS, "run_after"))
-    given = dict(options)
-    delay = _seconds_until(given.pop("run_after", None))
-    cleaned = {name: _check_option(name, given[name]) for name in given}
-    checked = _NO_OPTIONS._replace(**cleaned)
-    if checked.timeout is not None and not on_loop:
+    checked = {**_NO_OPTIONS, **options}
+    delay = _seconds_until(checked.pop("run_after", None))
+    for name, wanted in _OPTIONS.items():
+        try:
+            checked[name] = wanted.clean(checked[name])
+        except (TypeError, ValueError) as error:
+            kind = type(checked[name]).__name__
+            raise type(error)(
+                f'options["{name}"] must be {wanted.allowed}; this {kind} is not.'
+            ) from None
+    if checked["timeout"] is not None and not on_loop:
         raise ValueError(
             'options["timeout"] is for coroutine functions: a thread cannot be '
             "interrupted."
         )
-    if on_loop:
-        checked = checked._replace(thread_sensitive=False)  # it has no meaning there
+    checked["thread_sensitive"] &= not on_loop  # it has no meaning there
     return checked, delay
-
-
-def _check_option(name: str, value: Any) -> Any:
-    field = _OPTIONS[name]
-    try:
-        return field.clean(value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f'options["{name}"] must be {field.allowed}; this {type(value).__name__} '
-            "is not."
-        ) from None
 
 
 def _seconds_until(run_after: Any) -> float | None:
@@ -1024,10 +918,7 @@ _NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
 
 
 def _connections_here() -> Mapping[str, Any]:
-    """
-    Return where Django keeps this thread's connections by alias: also those that failed
-    while they were made, of which connection_created does not tell.
-    """
+    """Return this thread's connections by alias, with those that failed to be made."""
     try:
         return vars(connections._connections._storage)  # type: ignore[attr-defined]
     except (AttributeError, TypeError):  # then look into it each time
@@ -1035,9 +926,8 @@ def _connections_here() -> Mapping[str, Any]:
 
 
 # A job's context is a copy of its caller's. What asgiref keeps there belongs to a
-# request and to a thread, and would do harm: ORM calls would run in the request's own
-# thread, or in one that is gone, or be refused; and what was set in another thread, as
-# the language is, would not be seen.
+# request and to a thread: ORM calls would run in the request's own, or be refused, and
+# what was set in another thread, as the language is, would not be seen.
 
 _thread_sensitive_context: ContextVar[Any] = getattr(
     SyncToAsync, "thread_sensitive_context", ContextVar("absent")
@@ -1053,19 +943,6 @@ _thread_executors: Any = getattr(
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
 
 
-def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any] | None:
-    """Find the variable behind a Local, by what setting a value leaves in a context."""
-    context = Context()
-    context.run(set_value, *args)
-    return next(iter(context), None)
-
-
-# What a job does not inherit: asgiref's executors of the request, and Django's urlconf.
-_executors = _variable_of(
-    setattr, getattr(AsyncToSync, "executors", SimpleNamespace()), "current", None
-)
-_urlconf = _variable_of(set_urlconf, "of.the.request")
-
 # Not the job itself: it has the context, and would keep itself alive by way of it.
 _inside_job = ContextVar("inside_job", default=False)
 
@@ -1074,18 +951,17 @@ def _leave_request(inherited: Context) -> None:
     """Make the Locals of the current context its own, and this thread's."""
     thread = threading.get_ident()
     for variable, value in inherited.items():
-        if type(value) is _Storage:
-            if variable is _executors or variable is _urlconf:
-                variable.set(_Storage(thread, {}))
-            elif value.thread_id != thread:
-                variable.set(_Storage(thread, value.data))
+        if type(value) is _Storage and value.thread_id != thread:
+            variable.set(_Storage(thread, value.data))
         elif variable is _deadlock_context:
             variable.set(False)
         elif variable is _thread_sensitive_context:
             variable.set(None)
         elif _Storage is None and variable.name == "asgiref.local":
-            request = variable is _executors or variable is _urlconf
-            variable.set({} if request else value.copy())
+            variable.set(value.copy())
+    set_urlconf(None)
+    with contextlib.suppress(AttributeError):
+        del AsyncToSync.executors.current
 
 
 def _copy_context_and_locals() -> Context:
@@ -1102,13 +978,6 @@ def _enter(inherited: Context) -> None:
     if len(inherited):
         _leave_request(inherited)
     _inside_job.set(True)
-
-
-def _enter_and_call(
-    context: Context, function: Callable[..., None], *args: Any, **fields: Any
-) -> None:
-    _enter(context)
-    function(*args, **fields)
 
 
 # Telling
@@ -1129,23 +998,20 @@ def _log(
     **fields: Any,
 ) -> None:
     """Write a line of a job's life."""
-    if _logger().isEnabledFor(level):
-        fields = {"job": job.name, "id": job.id, "attempt": job.attempt, **fields}
-        message = event + "".join(f" {key}=%s" for key in fields)
-        _write(level, message, *fields.values(), exception=exception, **fields)
+    if _logger().isEnabledFor(level):  # else nobody need name it
+        named = {"job": job.name, "id": job.id, "attempt": job.attempt}
+        _write(level, event, exception, **named, **fields)
 
 
 def _write(
-    level: int,
-    message: str,
-    *args: Any,
-    exception: BaseException | None = None,
-    **fields: Any,
+    level: int, event: str, exception: BaseException | None = None, **fields: Any
 ) -> None:
     """Write a line to our logger, or to stderr if a handler or filter fails."""
     logger = _logger()
     if not logger.isEnabledFor(level):
         return
+    message = " ".join([event, *(f"{key}=%s" for key in fields)]).strip()
+    args = tuple(fields.values())
     try:
         record = logger.makeRecord(logger.name, level, __file__, 0, message, args, None)
         # Not as `extra`, which is refused if a record factory has one of the names.
@@ -1155,7 +1021,7 @@ def _write(
             record.exc_text = _traceback(exception)  # or a formatter would not cut it
         logger.handle(record)
     except BaseException as failure:
-        _write_to_stderr(message % args, exception)
+        _write_to_stderr(message % args if args else message, exception)
         _write_to_stderr("A logging handler or filter failed.", failure)
         if not isinstance(failure, Exception):
             raise
@@ -1188,7 +1054,7 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _write(logging.ERROR, what, exception=error)
+        _write(logging.ERROR, what, error)
 
 
 # Guarantees
@@ -1197,12 +1063,11 @@ def _reported(what: str) -> Iterator[None]:
 #
 # - One queue. What waits stays in it until a worker takes it; who serves is a list
 #   beside it. So nothing moves from place to place, and order needs no code.
-# - One lock. What threads share is changed under it, and only for as long as a few
-#   lines take; nothing is called under it that may block, or that is not ours. It can
-#   be entered again, as a signal handler or a `__del__` may defer in the middle. A loop
-#   with an `if` stands not in its `with`, but in a function that is called there: to
-#   jump back CPython leaves the `with` for a moment, and if a signal handler raised
-#   then, the lock would stay taken.
+# - One lock. What threads share is changed under it, for as long as a few lines take;
+#   nothing is called under it that may block, or that is not ours. It can be entered
+#   again, as a signal handler or a `__del__` may defer in the middle. A loop with an
+#   `if` stands in a function that is called in its `with`: jumping back CPython leaves
+#   that for a moment, and if a signal handler raised then, the lock would stay taken.
 # - A job is in one account. It waits, or it is in flight, or it is settled: each change
 #   is one step under the lock, and what was accepted is the sum of all. Whoever sets
 #   its outcome first, its worker or a drain, has it told; it is in flight until then.
@@ -1246,11 +1111,12 @@ class _Queue:
         return sum(map(len, self.levels.values())) + len(self.retries)
 
     def append(self, job: _Job) -> None:
-        level = self.levels.get(job.options.priority)
+        priority = job.options["priority"]
+        level = self.levels.get(priority)
         if level is None:
             # First this: nothing may wait where no worker looks, interrupted or not.
-            self.order = sorted({*self.levels, job.options.priority}, reverse=True)
-            level = self.levels.setdefault(job.options.priority, deque())
+            self.order = sorted({*self.levels, priority}, reverse=True)
+            level = self.levels.setdefault(priority, deque())
         level.append(job)
 
     def append_later(self, job: _Job, delay: float) -> bool:
@@ -1262,7 +1128,6 @@ class _Queue:
         return heap[0] is entry
 
     def due(self) -> float:
-        """Return when the next job is due."""
         return min(
             (heap[0][0] for heap in (self.retries, self.scheduled) if heap),
             default=math.inf,
@@ -1282,16 +1147,14 @@ class _Queue:
 
     def contents(self) -> list[_Job]:
         """Return what waits, in order."""
-        levels = [self.levels.get(priority, ()) for priority in self.order]
-        jobs = [job for level in levels for job in level]
+        jobs = [job for priority in self.order for job in self.levels.get(priority, ())]
         for heap in self.retries, self.scheduled:
             jobs += [job for *_, job in sorted(heap)]
         return jobs
 
     def clear(self) -> None:
-        self.levels.clear()
-        self.retries.clear()
-        self.scheduled.clear()
+        for part in self.levels, self.retries, self.scheduled:
+            part.clear()
 
 
 class _Process:
@@ -1303,7 +1166,7 @@ class _Process:
         self.pools: tuple[_Pool, ...] = ()  # those that serve, the latest last
         self.idle: dict[_Worker, None] = {}
         self.in_flight: dict[_Job, _Worker | None] = {}
-        self.counts = dict.fromkeys(_OUTCOMES, 0)
+        self.counts = {"succeeded": 0, "failed": 0, "lost": 0, "handed_over": 0}
         self.rejected = self.retried = self.numbers = self.result_ids = 0
         self.secret = secrets.token_bytes(32)
         self.watchers: dict[Callable[[], None], None] = {}
@@ -1316,15 +1179,13 @@ class _Process:
 
     # Jobs come
 
-    def put(
-        self, job: _Job, delay: float | None = None, *, asked: bool = False
-    ) -> None:
-        """Queue a job, and wake an idle worker. Raise QueueFull unless it has asked."""
+    def put(self, job: _Job, delay: float | None) -> None:
+        """Queue a job, and wake an idle worker; or run it, if all are immediate."""
+        if _setting("IMMEDIATE"):
+            return _run_immediately(job)
         while True:
             with self.lock:
                 if self.someone_serves():
-                    if not asked:
-                        self.check_room()
                     if delay is not None:
                         return self.put_later(job, delay)
                     self.queue.append(job)
@@ -1336,7 +1197,7 @@ class _Process:
     def check_room(self, *, flows_over: bool = False) -> None:
         """Raise QueueFull if no other job may wait."""
         maxsize = _setting("QUEUE_MAXSIZE")
-        if maxsize and self.queue.qsize() >= maxsize:
+        if 0 < maxsize <= self.queue.qsize() and not _setting("IMMEDIATE"):
             with self.lock:
                 self.rejected += not flows_over
             raise QueueFull(
@@ -1346,7 +1207,7 @@ class _Process:
     def put_later(self, job: _Job, delay: float) -> None:
         if self.queue.append_later(job, delay):
             for pool in self.pools:
-                pool.call(pool.set_timer)
+                _call_on(pool.loop, pool.look_again)
         self.notify()
 
     def wake(self, job: _Job) -> None:
@@ -1354,24 +1215,16 @@ class _Process:
         worker = next(iter([*self.idle]), None)
         if worker is not None:
             if job.on_loop:
-                worker.pool.call(worker.work_on_loop)
+                _call_on(worker.pool.loop, worker.work_on_loop)
             else:
                 worker.call(worker.work)
             # Only now: interrupted before, the next job wakes it, perhaps once more.
             self.idle.pop(worker, None)
 
-    def wake_all(self) -> None:
-        """Wake idle workers for all that is ready."""
-        for priority in self.queue.order:
-            for job in [*self.queue.levels.get(priority, ())]:
-                if not self.idle:
-                    return
-                self.wake(job)
-
-    def look_again(self) -> None:
+    def look_again(self, *, retry_at_once: bool = False) -> None:
         """Make ready what is due, and wake workers for it."""
         with self.lock:
-            for job in self.queue.advance(monotonic()):
+            for job in self.queue.advance(monotonic(), retry_at_once=retry_at_once):
                 self.wake(job)
 
     # Jobs are taken, and settled
@@ -1449,8 +1302,6 @@ class _Process:
             flying = [*self.in_flight.items()]
         return [job for job, worker in flying if worker in workers]
 
-    # What there is to see
-
     def stats(self) -> dict[str, int]:
         with self.lock:
             accounts = {
@@ -1507,25 +1358,19 @@ class _Process:
         """Let the running loop serve. What the background has in flight ends there."""
         self.prepare()
         loop = asyncio.get_running_loop()
-        with self.lock:
-            pool = self.pool_of(loop)
-            if pool is not None:
+        for pool in self.pools:
+            if pool.loop is loop and pool.lifespans > 0:  # else it is ending
                 pool.lifespans += 1
                 return pool
         pool = _Pool(loop)
         pool.start_threads()
         with self.lock:
-            self.pools = (*self.pools, pool)
-            for each in self.pools:
-                each.give_way()
+            former, self.pools = self.pools[:1], (*self.pools, pool)
+            if former and isinstance(former[0], _Background):
+                former[0].withdraw()
+                former[0].leave()
         pool.begin()
         return pool
-
-    def pool_of(self, loop: asyncio.AbstractEventLoop) -> _Pool | None:
-        for pool in self.pools:
-            if pool.loop is loop and pool.lifespans > 0:  # else it is ending
-                return pool
-        return None
 
     def start_background(self) -> None:
         """Serve without a lifespan."""
@@ -1538,15 +1383,13 @@ class _Process:
             self.pools = (background,)
         try:
             background.start()
-        except BaseException as error:  # also a signal handler's
+        except BaseException:  # also a signal handler's
             background.undo_start()
-            if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
-                raise
-            raise RuntimeError(
-                "The interpreter is shutting down, or the limit of threads is reached: "
-                "no thread can be started for jobs."
-            ) from error
-        background.say_so()
+            raise
+        said = "No lifespan: jobs run in a background thread"
+        if self.requests_seen:
+            said += ", though requests come: jobs waiting at SIGTERM may be lost"
+        _write(logging.WARNING if self.requests_seen else logging.INFO, f"{said}.")
 
     def prepare(self) -> None:
         """Be ready for a fork and for the end, once there is something to lose."""
@@ -1565,18 +1408,6 @@ class _Process:
             self.exiting = threading.current_thread() is threading.main_thread()
             atexit.register(_drain_at_exit)
 
-    def is_last_lifespan(self, pool: _Pool) -> bool:
-        """Take a lifespan out. Tell whether no other shares its loop."""
-        with self.lock:
-            pool.lifespans -= 1
-            return pool.lifespans <= 0
-
-    def pools_to_end(self) -> list[_Pool]:
-        """Return what serves and ends with the process; without any, end for good."""
-        left = [pool for pool in self.pools if pool.ends_with_process()]
-        self.exiting = not left
-        return left
-
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
         parents = vars(self).copy()  # what goes with them may defer, from its __del__
@@ -1589,9 +1420,6 @@ class _Process:
             pool.closed = True
 
 
-_OUTCOMES = "succeeded", "failed", "lost", "handed_over"
-
-
 # Workers
 
 
@@ -1600,14 +1428,10 @@ class _Worker:
     Takes job after job and runs it, on the loop or in a thread of its own; at any time
     it is in one of the two, or idle. The thread is also for what is said of its jobs,
     and for the ORM calls of those on the loop: to asgiref it is an executor.
-
-    The thread is a daemon, for one of an executor holds the exit of the process while a
-    job hangs in it.
     """
 
     def __init__(self, pool: _Pool, name: str) -> None:
         self.pool = pool
-        self.name = name
         self.resting = True
         # The thread's connections by alias; Django's dict: a look costs nothing.
         self.connections: Mapping[str, Any] = {}
@@ -1629,7 +1453,7 @@ class _Worker:
         self._calls.put(call)
         if not self.thread.is_alive():  # it has died; or has ended, and is asked again
             self._interruption = RuntimeError("The thread of the worker has died.")
-            self.thread = _start_thread(self._serve, self.name)
+            self.thread = _start_thread(self._serve, self.thread.name)
 
     def submit(
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -1683,21 +1507,24 @@ class _Worker:
         if self.connections:
             _clean_connections()
 
-    def work(self) -> None:
-        """Take what waits, if idle."""
-        self.run(_process.take_after_rest(self))
-
-    def run(self, job: _Job | None) -> None:
-        """Run jobs until one belongs on the loop, or none is left."""
+    def work(self, job: _Job | None = None) -> None:
+        """
+        Run jobs until one belongs on the loop, or none is left. The first is a given
+        one, or what follows the one that leaves the loop, or what waits, if idle.
+        """
+        if job is None and self.leaving is not None:
+            job = self.finish(self.leaving)
+        elif job is None:
+            job = _process.take_after_rest(self)
         if job is not None:
             self.clean_connections()  # which may have grown too old meanwhile
         until = monotonic() + _SLICE
         while job is not None:
             if job in _process.in_flight:  # else a drain gave it up on its way
                 if job.to_announce:
-                    job.announce(self.name)
+                    job.announce(self.thread.name)
                 if not job.on_loop:
-                    job.run()
+                    job.scope.run(job.run)
                 if job.on_loop or job.awaitable is not None:
                     return self.carry_to_loop(job)
             job = self.finish(job)
@@ -1706,10 +1533,7 @@ class _Worker:
                 until = monotonic() + _SLICE
 
     def finish(self, job: _Job) -> _Job | None:
-        """
-        Record how an attempt ended, and tell. Return the next job, to which nothing of
-        this one is left.
-        """
+        """End an attempt, and return the next job, to which nothing of it is left."""
         delay = None
         job.carried = False
         self.leaving = self.latest = self._latest_call = None
@@ -1720,14 +1544,10 @@ class _Worker:
             self.clean_connections()  # of receivers and handlers
         return _process.settle_and_take(self, job, delay)
 
-    def finish_and_run(self) -> None:
-        """Go on after a job on the loop, unless that was done."""
-        job = self.leaving
-        self.run(job and self.finish(job))
-
     def carry_to_loop(self, job: _Job) -> None:
         with _process.lock:  # or the loop might have let go of it first
-            job.carried = carried = self.pool.call(self.continue_on_loop, job)
+            carried = _call_on(self.pool.loop, self.work_on_loop, job)
+            job.carried = carried
         if not carried:
             self.pool.bury()  # with what the job is waiting for still
             job.drop_awaitable()
@@ -1735,29 +1555,34 @@ class _Worker:
     def recover(self, error: BaseException) -> None:
         """Go on after an exception from outside of any job; it fails that at hand."""
         job, *_ = *_process.held_by(self), None
-        if self.leaving is not None:  # the call to go on may have been hit
-            self.finish_and_run()
-        elif job is None:
-            self.resting = True  # it may have been woken, and not have noticed
-            self.work()
-        elif job.outcome is not None:  # it was recorded, and perhaps told
-            self.run(_process.settle_and_take(self, job))
+        if job is None:
+            self.resting = self.leaving is None  # it may not have noticed its wake-up
         elif not job.attempt or not job.carried:  # else the loop has it
             if not job.attempt:
                 job.begin()
-            job.drop_awaitable()
-            if job.raised is _NOT_ENDED or job.raised is None:
-                job.raised = error
-            self.run(self.finish(job))
+            if job.outcome is None and self.leaving is None:
+                job.drop_awaitable()
+                if job.raised is _NOT_ENDED or job.raised is None:
+                    job.raised = error
+            self.leaving = job
+        self.work()
 
     # On the loop
 
-    def work_on_loop(self) -> None:
-        """Take what waits, if idle."""
+    def work_on_loop(self, job: _Job | None = None, task: Any = None) -> None:
+        """See work(). With an asyncio task go on after its job, for it has ended."""
         try:
-            self.run_on_loop(_process.take_after_rest(self))
-        except BaseException as error:
-            self.recover_from_loop(error)
+            if job is None:
+                job = _process.take_after_rest(self)
+            elif task is not None:
+                job = self.next_on_loop(job)
+            self.run_on_loop(job)
+        except BaseException as error:  # memory ran out, or a signal handler raised
+            for held in _process.held_by(self):
+                held.carried = False
+            self.call(self.recover, error)
+            if not isinstance(error, Exception):
+                raise
 
     def run_on_loop(self, job: _Job | None) -> None:
         """Run jobs until one waits, or belongs in the thread, or none is left."""
@@ -1770,7 +1595,7 @@ class _Worker:
                 job = _process.settle_and_take(self, job)
                 continue
             if job.to_announce or not (job.on_loop or job.awaitable is not None):
-                return self.call(self.run, job)
+                return self.call(self.work, job)
             job.carried = True
             job.task = task = asyncio.Task(
                 job.arun(self.sensitive),
@@ -1780,27 +1605,12 @@ class _Worker:
                 **_EAGERLY,
             )
             if not task.done():
-                ended = functools.partial(self.continue_on_loop, job)
+                ended = functools.partial(self.work_on_loop, job)
                 return task.add_done_callback(ended, context=Context())
             job = self.next_on_loop(job)
             if job is not None and monotonic() >= until:
-                self.pool.call(self.continue_on_loop, job)
+                _call_on(self.pool.loop, self.work_on_loop, job)
                 return
-
-    def continue_on_loop(self, job: _Job, task: Any = None) -> None:
-        """Go on with a job; or after it, when its asyncio task has ended."""
-        try:
-            self.run_on_loop(job if task is None else self.next_on_loop(job))
-        except BaseException as error:
-            self.recover_from_loop(error)
-
-    def recover_from_loop(self, error: BaseException) -> None:
-        """Go on if memory ran out on the loop, or if a signal handler raised there."""
-        for job in _process.held_by(self):
-            job.carried = False
-        self.call(self.recover, error)
-        if not isinstance(error, Exception):
-            raise error
 
     def next_on_loop(self, job: _Job) -> _Job | None:
         """Return the next job, if there is nothing to be done in the thread before."""
@@ -1808,7 +1618,7 @@ class _Worker:
             return _process.settle_and_take(self, job)
         worker = self.replace(job) if self.hangs() else self
         worker.leaving = job
-        worker.call(worker.finish_and_run)
+        worker.call(worker.work)
         if self.pool.closed:
             worker.end()  # perhaps once more: a job may outlive the drain
         return None
@@ -1817,7 +1627,7 @@ class _Worker:
         """Leave the thread behind, as a call hangs there that nobody waits for."""
         worker = self
         with _reported("No thread can be started in the place of one that hangs."):
-            worker = _Worker(self.pool, self.name)
+            worker = _Worker(self.pool, self.thread.name)
             worker.resting = False
             with _process.lock:
                 self.pool.workers[self.pool.workers.index(self)] = worker
@@ -1849,10 +1659,7 @@ def _close_connections() -> None:
 
 
 def _clean_connections() -> None:
-    """
-    Do to this thread's connections what Django does between two requests, and end the
-    transactions that were left open.
-    """
+    """Do what Django does between requests, and end transactions left open."""
     for connection in connections.all(initialized_only=True):
         try:
             if connection.in_atomic_block:
@@ -1862,17 +1669,15 @@ def _clean_connections() -> None:
                 connection.close_if_unusable_or_obsolete()
         except Exception as error:
             del connections[connection.alias]
-            _write(logging.ERROR, "A connection failed to close.", exception=error)
+            _write(logging.ERROR, "A connection failed to close.", error)
     if settings.DEBUG:
         reset_queries()
 
 
 def _disconnect(connection: Any, **kwargs: Any) -> None:
     """
-    Receive connection_created. Who connects to the server, but to no database of the
-    project, creates, clones or destroys one for tests. PostgreSQL refuses that while
-    others are connected to it, after it has waited for five seconds that they go: let
-    go of what idle threads keep for CONN_MAX_AGE.
+    Receive connection_created. Who connects to no database of the project destroys one
+    for tests, which PostgreSQL refuses while idle threads keep their connections.
     """
     if connection.alias != _NO_DATABASE:
         return
@@ -1884,6 +1689,19 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
             SyncToAsync.single_thread_executor.submit(connections.close_all)
 
 
+def _call_on(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> bool:
+    """From any thread: have a loop call a function. False if it is closed."""
+    try:
+        # In an empty context: that of the caller would live until the loop has turned,
+        # and one for all cannot be entered by a loop within the loop.
+        loop.call_soon_threadsafe(function, *args, context=Context())
+    except RuntimeError:
+        if not loop.is_closed():
+            raise  # it is a RecursionError
+        return False
+    return True
+
+
 class _Pool:
     """The workers of one event loop that serves."""
 
@@ -1891,7 +1709,7 @@ class _Pool:
         self.loop = loop
         self.thread = threading.current_thread()
         self.workers: list[_Worker] = []
-        self.lifespans = 1  # that share the loop
+        self.lifespans = 1  # that share the loop; only there it changes
         self.closed = False
         self.deadline = math.inf
         self.timer: asyncio.TimerHandle | None = None
@@ -1906,37 +1724,21 @@ class _Pool:
             raise
 
     def begin(self) -> None:
-        """Take what waits."""
         for worker in self.workers:
             worker.call(worker.work)
-        self.call(self.set_timer)
+        _call_on(self.loop, self.look_again)
 
-    def call(self, function: Callable[..., Any], *args: Any) -> bool:
-        """From any thread: have the loop call a function. False if it is closed."""
-        try:
-            # In an empty context: that of the caller would live until the loop has
-            # turned, and one for all cannot be entered by a loop within the loop.
-            self.loop.call_soon_threadsafe(function, *args, context=Context())
-        except RuntimeError:
-            if not self.loop.is_closed():
-                raise  # it is a RecursionError
-            return False
-        return True
-
-    def set_timer(self) -> None:
-        """On the loop: have it look again when the next job is due."""
+    def look_again(self) -> None:
+        """On the loop: wake workers for what is due; come back for what will be."""
         if self.timer is not None:
             self.timer.cancel()
-            self.timer = None
         with _process.lock:
+            _process.look_again()
             due = _process.queue.due()
         if due < math.inf and not self.closed:
             seconds = min(max(due - monotonic(), 0), threading.TIMEOUT_MAX)
-            self.timer = self.loop.call_later(seconds, self.ring, context=Context())
-
-    def ring(self) -> None:
-        _process.look_again()
-        self.set_timer()
+            call = self.loop.call_later
+            self.timer = call(seconds, self.look_again, context=Context())
 
     def withdraw(self) -> None:
         """Take no more jobs. Under the lock."""
@@ -1944,10 +1746,8 @@ class _Pool:
         _process.pools = tuple(pool for pool in _process.pools if pool is not self)
         for worker in self.workers:
             _process.idle.pop(worker, None)
-        _process.wake_all()  # for jobs for which one of ours was woken
-
-    def give_way(self) -> None:
-        """Be told, under the lock, that a lifespan has started."""
+        for worker in [*_process.idle]:  # for jobs for which one of ours was woken
+            worker.call(worker.work)
 
     def leave(self) -> None:
         """Be told, under the lock, that a worker takes no more."""
@@ -1958,8 +1758,7 @@ class _Pool:
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            flying = filter(_Job.is_for_loop, _process.held_by(*self.workers))
-            loss.claim([*flying], waiting=False)
+            loss.claim([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
         self.workers[0].call(loss.say, math.inf)
         self.end_workers()
 
@@ -1973,7 +1772,7 @@ class _Pool:
 
     def end_threads(self) -> _Waiting:
         """Let the threads end; one in which a job hangs is left behind."""
-        self.call(self.set_timer)  # which ends it
+        _call_on(self.loop, self.look_again)  # without the timer
         self.end_workers()
         until = monotonic() + _PATIENCE
         while not all(worker.gone for worker in self.workers):
@@ -1997,7 +1796,7 @@ class _Background(_Pool):
     def start(self) -> None:
         """Start the threads, or raise RuntimeError."""
         if _process.exiting:
-            raise RuntimeError
+            raise RuntimeError("The interpreter is shutting down: no job can be run.")
         self.start_threads()
         self.thread = _start_thread(self.serve, self.name)
         self.begin()
@@ -2012,25 +1811,12 @@ class _Background(_Pool):
         else:
             self.loop.close()
 
-    def say_so(self) -> None:
-        level, reason = logging.INFO, ""
-        if _process.requests_seen:
-            level = logging.WARNING
-            reason = (
-                ", although requests are served: jobs waiting at SIGTERM may be lost"
-            )
-        _write(level, f"No lifespan: jobs run in a background thread{reason}.")
-
     def serve(self) -> None:
         while not self.stopped:  # but by a job
             # asyncio has a SystemExit get through that a task raises, of a job's own.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
         self.runner.close()  # which ends the tasks that jobs have left behind
-
-    def give_way(self) -> None:
-        self.withdraw()
-        self.leave()
 
     def leave(self) -> None:
         super().leave()
@@ -2041,7 +1827,7 @@ class _Background(_Pool):
     def stop(self) -> None:
         if not self.stopped:
             self.stopped = True
-            self.call(self.loop.stop)
+            _call_on(self.loop, self.loop.stop)
 
 
 # Drain
@@ -2059,8 +1845,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             now = monotonic()
             alone = {pool}.issuperset(_process.pools)
             if alone:
-                for job in _process.queue.advance(now, retry_at_once=True):
-                    _process.wake(job)
+                _process.look_again(retry_at_once=True)
             else:
                 pool.withdraw()
             flying = [*_process.in_flight] if alone else _process.held_by(*pool.workers)
@@ -2075,7 +1860,11 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
                     pool.withdraw()
                 break
         if now >= report_at:
-            _say_what_a_drain_waits_for(pending, flying)
+            seen = [(job.func, job, job.started) for job in flying[:_MOST_NAMED]]
+            say = functools.partial(
+                _say_what_a_drain_waits_for, pending, len(flying), seen
+            )
+            yield from _in_spare_thread(say, now)
             report_at = now + _NEXT_REPORT
         yield min(pool.deadline, report_at)
     yield from loss.tell()
@@ -2087,39 +1876,20 @@ def _grace_period_over_at() -> float:
     try:
         return _deadline(_setting("SHUTDOWN_GRACE_PERIOD"))
     except ImproperlyConfigured as error:
-        _write(logging.ERROR, "%s There is no limit to this drain.", error)
+        _write(logging.ERROR, "This drain has no limit.", reason=str(error))
         return math.inf
 
 
-def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> None:
-    grace_period = f"{_PREFIX}SHUTDOWN_GRACE_PERIOD"
-    seen = [(job.func, job, job.started) for job in flying[:_MOST_NAMED]]
-
-    def say() -> None:
-        named = [
-            f"job={_name(func)} id={job.id} seconds={_seconds_since(started):.1f}"
-            for func, job, started in seen
-        ]
-        _write(
-            logging.WARNING,
-            "draining pending=%s in_flight=%s %s (bounded by %s=%s)",
-            pending,
-            len(flying),
-            ", ".join(named),
-            grace_period,
-            getattr(settings, grace_period, None),
-            pending=pending,
-            in_flight=len(flying),
-        )
-
-    _in_thread_or_here(say)
-
-
-def _in_thread_or_here(function: Callable[[], None]) -> None:
-    try:
-        _start_thread(function)
-    except RuntimeError:  # the interpreter is shutting down
-        function()
+def _say_what_a_drain_waits_for(
+    pending: int, in_flight: int, seen: list[tuple[Any, _Job, float]]
+) -> None:
+    named = [
+        f"{_name(func)} (id {job.id}, {_seconds_since(started):.1f} s)"
+        for func, job, started in seen
+    ]
+    bound = f"{_PREFIX}SHUTDOWN_GRACE_PERIOD"
+    limit = {"jobs": ", ".join(named), bound: getattr(settings, bound, None)}
+    _write(logging.WARNING, "draining", pending=pending, in_flight=in_flight, **limit)
 
 
 def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
@@ -2132,7 +1902,10 @@ def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
         done.set()
         _process.notify()
 
-    _in_thread_or_here(call)
+    try:
+        _start_thread(call)
+    except RuntimeError:  # the interpreter is shutting down
+        call()
     while not done.is_set() and monotonic() < until:
         yield until
 
@@ -2144,63 +1917,47 @@ class _Loss:
     """
 
     def __init__(self) -> None:
-        self.in_flight: list[tuple[_Job, float]] = []
+        self.in_flight: list[_Job] = []
         self.waiting: list[_Job] = []
         # What another backend would take, and what it has taken.
-        self.moving: list[_Job] = []
+        self.moving: list[Any] = []
         self.moved: list[_Job] = []
-        self.tasks: list[tuple[_Pool, asyncio.Task[None]]] = []
+        self.tasks: list[asyncio.Task[None]] = []
         self.untold: deque[_Job] = deque()
 
-    # Under the lock
-
-    def claim(self, in_flight: list[_Job], *, waiting: bool) -> None:
+    def claim(self, in_flight: list[_Job], *, waiting: bool = False) -> None:
         for job in in_flight:
-            self.claim_in_flight(job)
+            self.lose(job)
         if waiting:
-            self.claim_waiting()
+            # One waits twice if its move was interrupted.
+            for job in dict.fromkeys(_process.queue.contents()):
+                if job.movable and not job.attempt and job.outcome is None:
+                    _process.in_flight[job] = None
+                    self.moving.append(job)
+                else:
+                    self.lose(job)
+            _process.queue.clear()  # only now: interrupted before, it is counted
         _process.notify()
 
-    def claim_waiting(self) -> None:
-        # A job waits twice if its move was interrupted.
-        for job in dict.fromkeys(_process.queue.contents()):
-            if job.movable and not job.attempt and job.outcome is None:
-                _process.in_flight[job] = None
-                self.moving.append(job)
-            else:
-                self.lose(job)
-        _process.queue.clear()  # only now: interrupted before, it is counted
-
-    def claim_in_flight(self, job: _Job) -> None:
-        if not job.attempt:
-            return self.lose(job)  # another drain hands it over, or did until now
-        worker = _process.in_flight[job]
-        if job.task is not None and worker is not None:
-            self.tasks.append((worker.pool, job.task))
-        if job.outcome is None:  # else it has ended, and is being told of
-            seconds = _seconds_since(job.started)
-            reason = f"The process ended {seconds} seconds after the job began."
-            _process.claim(job, "lost", reason)
-            self.in_flight.append((job, seconds))
-        _process.settle(job)
-
     def lose(self, job: _Job) -> None:
-        if job.outcome is not None:
-            return
-        _process.in_flight[job] = None  # for the one step that this takes
-        _process.claim(job, "lost", "The process ended before the job began.")
+        # What is in flight without an attempt, another drain hands over.
+        flying = job.attempt > 0 and job in _process.in_flight
+        if flying and job.task is not None:
+            self.tasks.append(job.task)
+        if job.outcome is None:  # else it has ended, and is perhaps being told of
+            _process.in_flight.setdefault(job)  # for the one step that this takes
+            when = f"{_seconds_since(job.started)} s after" if flying else "before"
+            _process.claim(job, "lost", f"The process ended {when} the job began.")
+            (self.in_flight if flying else self.waiting).append(job)
         _process.settle(job)
-        self.waiting.append(job)
-
-    # Not under the lock
 
     def jobs(self) -> list[_Job]:
-        return [*(job for job, _ in self.in_flight), *self.waiting, *self.moved]
+        return [*self.in_flight, *self.waiting, *self.moved]
 
     def tell(self) -> _Waiting:
         began = monotonic()
-        for pool, task in self.tasks:
-            pool.call(task.cancel)
+        for task in self.tasks:
+            _call_on(task.get_loop(), task.cancel)
         if self.moving:
             began += _HAND_OVER
             yield from _in_spare_thread(self.hand_over, began)
@@ -2210,9 +1967,12 @@ class _Loss:
         until = began + _LAST_WORDS
         if self.jobs():
             yield from _in_spare_thread(functools.partial(self.say, until), until)
-            if self.untold:
-                yield from _in_spare_thread(self.say_untold, monotonic() + 0.1)
-        while not all(task.done() for _, task in self.tasks) and monotonic() < until:
+            if left := len(self.untold):
+                self.untold.clear()
+                what = "There was no time for their task_finished."
+                say = functools.partial(_write, logging.ERROR, what, untold=left)
+                yield from _in_spare_thread(say, monotonic() + 0.1)
+        while not all(task.done() for task in self.tasks) and monotonic() < until:
             yield until
 
     def hand_over(self) -> None:
@@ -2229,43 +1989,25 @@ class _Loss:
 
     def say(self, until: float) -> None:
         self.untold.extend(job for job in self.jobs() if job.observed)
-        for job, seconds in self.in_flight:
+        for job in self.in_flight:
+            seconds = _seconds_since(job.started)
             job.tell(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
         by_name: dict[str, list[_Job]] = {}
         for job in self.waiting:
             by_name.setdefault(job.name, []).append(job)
         for name, jobs in by_name.items():
             ids = [job.id for job in jobs[:_MOST_NAMED]]
-            _write(
-                logging.ERROR,
-                "lost=%s job=%s ids=%s",
-                len(jobs),
-                name,
-                ",".join(ids),
-                lost=len(jobs),
-                job=name,
-                ids=ids,
-            )
+            _write(logging.ERROR, "", lost=len(jobs), job=name, ids=",".join(ids))
         while self.untold and monotonic() < until:
             job = self.untold.popleft()
             job.tell(job.tell_end, None)
         for job in self.jobs():
             job.forget()
 
-    def say_untold(self) -> None:
-        left = len(self.untold)
-        self.untold.clear()
-        _write(
-            logging.ERROR,
-            "untold=%s: no time for their task_finished.",
-            left,
-            untold=left,
-        )
-
 
 def _drain_at_exit() -> None:
     """In the main thread, at the very end."""
-    while pools := _process.pools_to_end():
+    while pools := [pool for pool in _process.pools if pool.ends_with_process()]:
         pool = pools[0]
         pool.deadline = min(pool.deadline, _grace_period_over_at())
         if not pool.loop.is_running() and not isinstance(pool, _Background):
@@ -2274,6 +2016,7 @@ def _drain_at_exit() -> None:
         if isinstance(pool, _Background):
             pool.stop()
             pool.thread.join(_PATIENCE)
+    _process.exiting = True
     loss = _Loss()
     with _process.lock:
         loss.claim([], waiting=True)
@@ -2287,8 +2030,7 @@ def _drive_to_the_end(pool: _Pool, drain: _Waiting) -> None:
             return _drive(drain)
         except BaseException:
             pool.deadline = monotonic()
-            if getattr(drain, "gi_frame", None) is None:  # it was hit itself
-                drain = _drain(pool, final=True)
+            drain = itertools.chain(drain, _drain(pool, final=True))
 
 
 # Lifespan middleware
@@ -2301,11 +2043,7 @@ def django_simple_task_middleware(app: Any, *, asgi_version: int = 3) -> Any:
     On `lifespan.startup` workers start on the server's event loop; they drain on
     `lifespan.shutdown`. An `app` that speaks the lifespan protocol is told of the
     startup before the workers start, and of the shutdown after they have drained.
-
-    Return an ASGI 3 application, with `asgi_version=2` an ASGI 2 one. Raise ValueError
-    for other versions, and TypeError if `app` is not callable.
-
-    https://asgi.readthedocs.io/en/latest/specs/lifespan.html
+    Return an ASGI 3 application, with `asgi_version=2` an ASGI 2 one.
     """
     if asgi_version not in (2, 3):
         raise ValueError(f"asgi_version must be 2 or 3, not {asgi_version!r}.")
@@ -2319,11 +2057,8 @@ def django_simple_task_middleware(app: Any, *, asgi_version: int = 3) -> Any:
 
 def django_simple_task_middlware(app: Any, *, asgi_version: int = 3) -> Any:
     """The spelling of releases 0.1. Use django_simple_task_middleware()."""
-    warnings.warn(
-        "django_simple_task_middlware is now spelt django_simple_task_middleware.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
+    cure = "It is now spelt django_simple_task_middleware."
+    warnings.warn(cure, DeprecationWarning, stacklevel=2)
     return django_simple_task_middleware(app, asgi_version=asgi_version)
 
 
@@ -2355,52 +2090,50 @@ class _Lifespan:
                 message = await self.receive()
                 kind = message.get("type") if isinstance(message, Mapping) else message
                 if kind == "lifespan.startup":
-                    if not await self.startup():
-                        return
+                    failure = await self.startup()
                 elif kind == "lifespan.shutdown":
-                    return await self.shutdown()
+                    failure = await self.shutdown()
                 else:
-                    shown = _cut(repr(kind))
-                    _write(logging.WARNING, "Unknown lifespan message: %s.", shown)
+                    shown = _shown(kind)
+                    _write(logging.WARNING, "Unknown lifespan message.", kind=shown)
+                    continue
+                if failure is None:
+                    await self.send({"type": f"{kind}.complete"})
+                else:
+                    await self.send({"type": f"{kind}.failed", "message": failure})
+                if failure is not None or kind == "lifespan.shutdown":
+                    return
         except BaseException as error:
             # Without a loop, or in a coroutine that is thrown away, nothing is awaited.
             if _running_loop() and not isinstance(error, GeneratorExit):
                 await self.break_off(error)
             raise
 
-    async def startup(self) -> bool:
-        """Answer lifespan.startup. Return whether the lifespan goes on."""
+    async def startup(self) -> str | None:
+        """Start the application, then the workers. Return why it failed, or None."""
         if self.pool is not None:
             _write(logging.WARNING, "A second lifespan.startup was ignored.")
-        else:
-            failure = _why_not_to_start() or await self.inner.startup()
+            return None
+        if _running_loop() is None:
+            return "Jobs run on asyncio's event loop; this server has none (trio?)."
+        try:
+            _check_configuration()
+            failure = await self.inner.startup()
             if failure is None:
-                try:
-                    self.pool = _process.serve()
-                except RuntimeError as error:  # there are too many threads
-                    self.inner.cancel()
-                    failure = f"No thread can be started for jobs: {error}"
-            if failure is not None:
-                await self.send({"type": "lifespan.startup.failed", "message": failure})
-                return False
-        await self.send({"type": "lifespan.startup.complete"})
-        return True
+                self.pool = _process.serve()
+        except (ImproperlyConfigured, RuntimeError) as error:  # too many threads
+            self.inner.cancel()
+            return str(error)
+        return failure
 
-    async def shutdown(self) -> None:
-        """Answer lifespan.shutdown, when all is done and reported."""
-        failure = await self.end()
-        if failure is None:
-            await self.send({"type": "lifespan.shutdown.complete"})
-        else:
-            await self.send({"type": "lifespan.shutdown.failed", "message": failure})
-
-    async def end(self) -> str | None:
+    async def shutdown(self) -> str | None:
         """Drain; let the application shut down; drain what that has deferred."""
         pool = self.pool
         if pool is None:
             return None
         deadline = _grace_period_over_at()
-        if not _process.is_last_lifespan(pool):
+        pool.lifespans -= 1
+        if pool.lifespans > 0:
             self.pool = None
             return await self.inner.shutdown(deadline)
         pool.deadline = deadline
@@ -2416,9 +2149,9 @@ class _Lifespan:
         """End without an answer; at once, if the server does not wait."""
         if isinstance(error, asyncio.CancelledError):
             return await self.abandon()
-        _write(logging.ERROR, "The lifespan was broken off.", exception=error)
+        _write(logging.ERROR, "The lifespan was broken off.", error)
         try:
-            await self.end()
+            await self.shutdown()
         except asyncio.CancelledError:  # now the server does not wait any more
             await self.abandon()
             raise
@@ -2427,7 +2160,10 @@ class _Lifespan:
         """Give up at once what is unfinished, and report it."""
         self.inner.cancel()
         pool = self.pool
-        if pool is None or not _process.is_last_lifespan(pool):
+        if pool is None:
+            return
+        pool.lifespans -= 1
+        if pool.lifespans > 0:
             return
         pool.deadline = monotonic()
         # First what was broken off.
@@ -2478,7 +2214,7 @@ class _InnerLifespan:
         except BaseException as error:
             if self.asked:  # else it refused the scope, and has no lifespan
                 what = "The lifespan of the wrapped application failed."
-                _write(logging.ERROR, what, exception=error)
+                _write(logging.ERROR, what, error)
 
     async def receive(self) -> Mapping[str, Any]:
         question = await self.questions.get()
@@ -2501,25 +2237,11 @@ class _InnerLifespan:
         return None
 
 
-def _why_not_to_start() -> str | None:
-    if _running_loop() is None:
-        return (
-            "Jobs run on asyncio's event loop; this server's worker has none (trio?)."
-        )
-    try:
-        _check_configuration()
-    except ImproperlyConfigured as error:
-        return str(error)
-    return None
-
-
 # Task backend
 
 
 def _defer_task(task: Any, arguments: Any, options: Any) -> None:
-    args, kwargs = _NO_ARGUMENTS
-    if arguments is not None:
-        args, kwargs = _check_arguments(arguments)
+    args, kwargs = _NO_ARGUMENTS if arguments is None else _check_arguments(arguments)
     if options is not None:
         _check_keys("options of a Task", options, ("priority", "run_after"))
         run_after = options.get("run_after")
@@ -2541,7 +2263,7 @@ def _is_task(func: Any) -> bool:
     return any(base is not None and isinstance(func, base.Task) for base in bases)
 
 
-class SimpleTaskBackend(BaseTaskBackend):
+class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
     """
     Runs the Tasks of `django.tasks` in this process, on the same queue as defer().
 
@@ -2590,64 +2312,60 @@ class SimpleTaskBackend(BaseTaskBackend):
         there is no OVERFLOW_BACKEND; where there is one, return what that returns.
         """
         job = _TaskJob(self, task, args, kwargs)
-        immediate = _setting("IMMEDIATE")
-        if not immediate:
-            try:
-                _process.check_room(flows_over=job.movable)
-            except QueueFull:
-                if not job.movable:
-                    raise
-                return self.moved(task).enqueue(*args, **kwargs)
-        result = job.snapshot()
+        try:
+            _process.check_room(flows_over=job.movable)
+        except QueueFull:
+            if not job.movable:
+                raise
+            return self.moved(task).enqueue(*args, **kwargs)
         with _process.lock:
             _process.results[job.id] = job
         try:
-            _send(tasks.signals.task_enqueued, job, result)
-            if _logger().isEnabledFor(logging.DEBUG):
-                _log(logging.DEBUG, job, "deferred")
-            if immediate:
-                _run_immediately(job)
-            else:
-                _process.put(job, _seconds_until(task.run_after), asked=True)
+            result = job.send(tasks.signals.task_enqueued)
+            _log(logging.DEBUG, job, "deferred")
+            _process.put(job, _seconds_until(task.run_after))
         except BaseException:
             with _process.lock:
                 if not job.attempt:  # else it was queued, and has even run
                     _process.results.pop(job.id, None)
             raise
-        return job.snapshot() if immediate else result
+        return job.snapshot() if _setting("IMMEDIATE") else result
 
     def get_result(self, result_id: str) -> Any:
         """Return a snapshot of a TaskResult, or raise TaskResultDoesNotExist."""
-        job = self.job(result_id)
-        if job is not None:
-            return job.snapshot()
-        return self.where_else().get_result(result_id)
-
-    async def aget_result(self, result_id: str) -> Any:
-        """See get_result()."""
-        job = self.job(result_id)
-        if job is not None:
-            return job.snapshot()
-        return await self.where_else().aget_result(result_id)
-
-    def job(self, result_id: str) -> _TaskJob | None:
         with _process.lock:
             job = _process.results.get(result_id)
-        return job if job is not None and job.backend.alias == self.alias else None
+        if job is not None and job.backend.alias == self.alias:
+            return job.snapshot()
+        if self.overflow is not None:
+            return tasks.task_backends[self.overflow].get_result(result_id)
+        raise tasks.exceptions.TaskResultDoesNotExist(
+            "This process has no such TaskResult: SimpleTaskBackend keeps results in "
+            "the process that took the Task, of the finished ones the latest "
+            "MAX_RESULTS."
+        )
 
-    def where_else(self) -> Any:
-        """Return the backend to ask for a result that is not here, or raise."""
-        if self.overflow is None:
-            raise tasks.exceptions.TaskResultDoesNotExist(
-                "This process has no such TaskResult: SimpleTaskBackend keeps results "
-                "in the process that took the Task, of the finished ones the latest "
-                "MAX_RESULTS."
-            )
-        return tasks.task_backends[self.overflow]
-
-    def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
+    def check(self, **kwargs: Any) -> Iterator[checks.CheckMessage]:
         """Check OPTIONS, for `manage.py check`."""
-        return list(_check_backend(self))
+        where = f'TASKS["{self.alias}"]["OPTIONS"]'
+        may = f"It may have {', '.join(_BACKEND_OPTIONS)}."
+        if not isinstance(self.options, dict):
+            yield _error(6, f"{where} is {_shown(self.options)}: no dict.", may)
+            return
+        for name, value in self.options.items():
+            field = _BACKEND_OPTIONS.get(name)
+            if field is None:
+                yield _error(7, f"{where} must not have the key {_shown(name)}.", may)
+                continue
+            try:
+                field.clean(value)
+            except (TypeError, ValueError):
+                fault = (
+                    f'{where}["{name}"] is {_shown(value)}: it must be {field.allowed}.'
+                )
+                yield _error(8, fault, f"Set it to {field.allowed}.")
+                return
+        yield from _check_overflow(self, f'{where}["OVERFLOW_BACKEND"]')
 
     @functools.cached_property
     def overflow(self) -> str | None:
@@ -2660,24 +2378,25 @@ class SimpleTaskBackend(BaseTaskBackend):
 
     @functools.cached_property
     def checked_options(self) -> dict[str, Any]:
-        for fault in _check_backend(self):
+        for fault in self.check():
             raise ImproperlyConfigured(fault.msg)
         return {
             name: field.clean(self.options.get(name, field.default))
             for name, field in _BACKEND_OPTIONS.items()
         }
 
-    def job_options(self, task: Any, on_loop: bool) -> _Options:
+    def job_options(self, task: Any, on_loop: bool) -> Mapping[str, Any]:
         """Return the options of a Task's job."""
         ours = self.checked_options
         if not self.options and not task.priority:
             return _NO_OPTIONS
-        return _NO_OPTIONS._replace(
-            priority=int(task.priority),
-            timeout=ours["TIMEOUT"] if on_loop else None,
-            max_attempts=ours["MAX_ATTEMPTS"],
-            backoff=ours["BACKOFF"],
-        )
+        return {
+            "thread_sensitive": False,
+            "priority": int(task.priority),
+            "timeout": ours["TIMEOUT"] if on_loop else None,
+            "max_attempts": ours["MAX_ATTEMPTS"],
+            "backoff": ours["BACKOFF"],
+        }
 
 
 _TASK_FIELDS = "func", "priority", "queue_name", "run_after", "takes_context"
@@ -2699,10 +2418,7 @@ class _TaskJob(_Job):
         self, backend: SimpleTaskBackend, task: Any, args: Any, kwargs: Any
     ) -> None:
         backend.validate_task(task)
-        try:
-            args, kwargs = _copy_json([*args]), _copy_json(kwargs)
-        except RecursionError:
-            raise ValueError(_TOO_DEEP) from None
+        args, kwargs = _copy_json([*args]), _copy_json(kwargs)
         on_loop = _is_coroutine_function(task.func)
         options = backend.job_options(task, on_loop)
         super().__init__(task.func, args, kwargs, on_loop, options, _capture_context())
@@ -2733,13 +2449,14 @@ class _TaskJob(_Job):
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
         # Not by the constructor, which takes no return value and six times as long.
-        result = object.__new__(_DraftOfTaskResult)
+        result = object.__new__(_TaskResult)
         with _process.lock:
             for name, value in self.fields.items():
-                if type(value) is list or type(value) is dict:
-                    value = _copied(value)
-                setattr(result, name, value)
-        result.__class__ = _TaskResult  # which is frozen
+                if name in ("args", "kwargs", "_return_value"):
+                    value = _copy_json(value)
+                elif type(value) is list:
+                    value = [*value]
+                object.__setattr__(result, name, value)  # it is frozen
         return result
 
     def change(self, **changes: Any) -> None:
@@ -2761,23 +2478,17 @@ class _TaskJob(_Job):
             worker_ids=[*self.fields["worker_ids"], worker],
         )
         # In the attempt's own context: what a receiver sets there, the job sees.
-        self.tell(self.tell_start, within=self.scope)
-
-    def tell_start(self) -> None:
-        _send(tasks.signals.task_started, self, self.snapshot())
+        self.tell(self.send, tasks.signals.task_started, within=self.scope)
 
     def call(self) -> Any:
-        args, kwargs = _copied(self.args), _copied(self.kwargs)
+        args, kwargs = _copy_json(self.args), _copy_json(self.kwargs)
         if self.takes_context:
             context = tasks.base.TaskContext(task_result=self.snapshot())
             return self.func(context, *args, **kwargs)
         return self.func(*args, **kwargs)
 
     def keep(self, value: Any) -> None:
-        try:
-            self.change(_return_value=_copy_json(value))
-        except RecursionError:
-            raise ValueError(_TOO_DEEP) from None
+        self.change(_return_value=_copy_json(value))
 
     def note(self, error: BaseException) -> None:
         noted = tasks.base.TaskError(
@@ -2802,65 +2513,37 @@ class _TaskJob(_Job):
 
     def tell_end(self, error: BaseException | None) -> None:
         if error is None:
-            return _send(tasks.signals.task_finished, self, self.snapshot())
+            self.send(tasks.signals.task_finished)
+            return
         try:
             raise error  # receivers log what is being handled: Django's do
         except BaseException:
-            _send(tasks.signals.task_finished, self, self.snapshot())
+            self.send(tasks.signals.task_finished)
         finally:
             del error  # or it would keep itself alive, by way of this frame
 
+    def send(self, signal: Any) -> Any:
+        """Send a signal with a snapshot, and return that."""
+        result = self.snapshot()
+        try:
+            signal.send_robust(type(self.backend), task_result=result)
+        except Exception as error:  # as of an async receiver where a loop runs
+            _write(logging.ERROR, "A signal of a Task was not delivered.", error)
+        return result
+
     def hand_over(self) -> str:
+        """Have the other backend take it; return a sentence that tells where it is."""
         task = self.backend.moved(self.fields["task"])
         result = self.context.copy().run(task.enqueue, *self.args, **self.kwargs)
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
 
-def _send(signal: Any, job: _TaskJob, result: Any) -> None:
-    try:
-        signal.send_robust(type(job.backend), task_result=result)
-    except Exception as error:  # as of an async receiver where a loop runs
-        _write(logging.ERROR, _NOT_DELIVERED, exception=error)
-
-
-_NOT_DELIVERED = "A signal of a Task was not delivered."
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of what is made of lists and dicts."""
-    if type(value) is list:
-        return [_copied(each) for each in value]
-    if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
-    return value
-
-
-def _copy_json(value: Any, depth: int = 0) -> Any:
+def _copy_json(value: Any) -> Any:
     """Return a copy of what JSON can hold, or raise TypeError or ValueError."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return value
-    if depth > _DEEPEST:
-        raise ValueError(_TOO_DEEP)
-    if kind is list or kind is tuple:
-        return [_copy_json(each, depth + 1) for each in value]
-    if kind is dict:
-        return {
-            _copy_json(key, depth + 1): _copy_json(each, depth + 1)
-            for key, each in value.items()
-        }
-    return tasks.base.normalize_json(value)
-
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-# Python's stack bears a thousand calls, of which the readers of a result need some.
-_DEEPEST = 200
-_TOO_DEEP = "The value is nested too deep, or in a circle."
-
-
-class _DraftOfTaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
-    __slots__ = ()
-    __setattr__, __delattr__ = object.__setattr__, object.__delattr__
+    try:
+        return tasks.base.normalize_json(value)
+    except RecursionError:
+        raise ValueError("The value is nested too deep, or in a circle.") from None
 
 
 class _TaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
@@ -2872,43 +2555,17 @@ class _TaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
         return f"<TaskResult {self.id} of {_name(self.task.func)}: {self.status}>"
 
 
-def _check_backend(backend: SimpleTaskBackend) -> Iterator[checks.CheckMessage]:
-    where = f'TASKS["{backend.alias}"]["OPTIONS"]'
-    if not isinstance(backend.options, dict):
-        fault = f"{where} is {_shown(backend.options)}: it must be a dict."
-        yield _error(6, fault, f"It may have {', '.join(_BACKEND_OPTIONS)}.")
-        return
-    for name, value in backend.options.items():
-        field = _BACKEND_OPTIONS.get(name)
-        if field is None:
-            fault = f"{where} must not have the key {_shown(name)}."
-            yield _error(7, fault, f"It may have {', '.join(_BACKEND_OPTIONS)}.")
-            continue
-        try:
-            field.clean(value)
-        except (TypeError, ValueError):
-            fault = f'{where}["{name}"] is {_shown(value)}: it must be {field.allowed}.'
-            yield _error(8, fault, f"Set it to {field.allowed}.")
-            return
-    yield from _check_overflow(backend, f'{where}["OVERFLOW_BACKEND"]')
-
-
 def _check_overflow(
     backend: SimpleTaskBackend, where: str
 ) -> Iterator[checks.CheckMessage]:
     alias = backend.options.get("OVERFLOW_BACKEND")
     if alias is None:
         return
-    if alias == backend.alias or alias not in tasks.task_backends.settings:
-        others = ", ".join(sorted(set(tasks.task_backends.settings) - {backend.alias}))
-        fault = f"{where} is {_shown(alias)}: it must be another alias of TASKS."
-        yield _error(9, fault, f"There are: {others or 'no others'}.")
+    if backend.overflow is None:
+        fault = f"{where} is {_shown(alias)}, which is no other engine of TASKS."
+        yield _error(9, fault, "Name the alias of a durable engine.")
         return
-    other = tasks.task_backends[alias]
-    if isinstance(other, SimpleTaskBackend):
-        fault = f"{where} is {alias!r}, which is in this process, too."
-        yield _error(9, fault, "Name an alias with a durable engine.")
-    there = other.queues
+    there = tasks.task_backends[alias].queues
     missing = backend.queues - there if backend.queues else {"any other"}
     if there and missing:
         names = ", ".join(sorted(missing))
@@ -2933,7 +2590,9 @@ class DjangoSimpleTaskConfig(AppConfig):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
 
     def ready(self) -> None:
-        setting_changed.connect(_forget_settings, dispatch_uid=_LABEL)
+        setting_changed.connect(
+            lambda **kwargs: _setting.cache_clear(), weak=False, dispatch_uid=_LABEL
+        )
         connection_created.connect(_disconnect, dispatch_uid=_LABEL)
         checks.register(_check_settings)
         checks.register(_check_deployment, deploy=True)

@@ -2965,7 +2965,7 @@ async def test_without_room_for_threads_the_startup_fails(monkeypatch):
     await asyncio.wait_for(server.task, HANG)
     await asyncio.sleep(0)
     assert answer["type"] == "lifespan.startup.failed"
-    assert answer["message"] == f"No thread can be started for jobs: {full}"
+    assert answer["message"] == str(full)
     assert (ended, stats()["workers"]) == ([True], 0)
 
 
@@ -3226,8 +3226,8 @@ async def test_a_drain_that_takes_time_says_what_it_waits_for(times, hung, said)
     for record in warnings:
         message = record.getMessage()
         assert "pending=7 in_flight=2 " in message
-        assert re.search(r"job=\S+\.job id=\S+ seconds=\d", message)
-        assert re.search(r"job=\S+\.stubborn id=\S+ seconds=\d", message)
+        assert re.search(r"\.job \(id \d+, \d+\.\d s\)", message)
+        assert re.search(r"\.stubborn \(id \d+, \d+\.\d s\)", message)
         assert "DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=600" in message
     assert warnings[-1].created - warnings[0].created >= 4.5 * (times - 1)
 
