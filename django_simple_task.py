@@ -28,7 +28,8 @@ The file follows a job through its life:
     Settings             what a project may configure, and what a value must look like
     Exceptions           what a caller may catch
     Deferring            defer(), join(), ajoin(), stats()
-    Jobs                 the record of a call: its checks, its context, one attempt
+    Jobs                 the record of a call: its checks, its context, one attempt;
+                         and what is used of others that is not public
     Telling              log lines
     Guarantees           what holds, whatever happens
     Queue                where jobs wait, and who may take them
@@ -64,7 +65,14 @@ import traceback
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
@@ -361,7 +369,11 @@ def _drive(waiting: _Waiting) -> None:
 
 async def _adrive(waiting: _Waiting) -> None:
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-    with _process.watching(functools.partial(_call_on, loop, event.set)):
+
+    def notify() -> None:
+        _call_on(loop, event.set)
+
+    with _process.watching(notify):
         for until in waiting:
             seconds = min(until - monotonic(), threading.TIMEOUT_MAX)
             timer = loop.call_later(max(seconds, 0), event.set)
@@ -374,7 +386,6 @@ async def _adrive(waiting: _Waiting) -> None:
 
 def _run_immediately(job: _Job) -> None:
     """Run a job here and now. Of all that it may raise, KeyboardInterrupt is raised."""
-    _check_configuration()
     if job.options["thread_sensitive"]:
         job.on_loop = False  # any job is in its caller's thread
     again: float | None = 0.0
@@ -407,7 +418,7 @@ def _run_immediately(job: _Job) -> None:
 
 
 def _await_here(job: _Job) -> None:
-    _enter(job.scope)
+    job.enter()
     # async_to_sync() is made here, off the loop: it may keep the loop that it finds.
     async_to_sync(job.arun)(None)
 
@@ -482,11 +493,12 @@ class _Job:
     attempt: int = 0
     # "succeeded", "failed", "lost" or "handed_over", once that is certain.
     outcome: str | None = None
-    # Of the attempt: when it began, its context, whether the loop has it, its asyncio
-    # task there, what is still to be awaited, what it raised.
+    # Of the attempt: when it began, its context, whether that was entered, whether the
+    # loop has the job, its asyncio task there, what is still to be awaited, its error.
     started: float = field(init=False)
     scope: Any = field(init=False)
-    carried: bool = field(init=False)
+    entered: bool = field(init=False)
+    loop_has_it: bool = field(init=False)
     task: asyncio.Task[None] | None = field(init=False)
     awaitable: Any = field(init=False)
     raised: Any = field(init=False)
@@ -517,9 +529,14 @@ class _Job:
         many = self.options["max_attempts"] > 1
         self.scope = self.context.copy() if many else self.context
         self.awaitable = self.task = None
-        self.carried = False
+        self.entered = self.loop_has_it = False
         self.raised = _NOT_ENDED
         self.attempt += 1  # only now: interrupted before, it begins again
+
+    def enter(self) -> None:
+        """In the context of the attempt, whenever a thread enters it."""
+        _enter(self.scope, again=self.entered)
+        self.entered = True
 
     def call(self) -> Any:
         return self.func(*self.args, **self.kwargs)
@@ -530,7 +547,7 @@ class _Job:
     def run(self) -> None:
         """Make the call in this thread, within the job's context."""
         try:
-            _enter(self.scope)
+            self.enter()
             with self.around():
                 value = self.call()
                 if value is not None:
@@ -545,7 +562,7 @@ class _Job:
         """Await it; ORM calls are made where `sensitive` says, or by the caller."""
         try:
             if sensitive is not None:
-                _enter(self.scope)
+                self.enter()
                 if self.options["thread_sensitive"] and self.awaitable is None:
                     await self.run_in_shared_thread()
                     if self.awaitable is None:
@@ -628,7 +645,7 @@ class _Job:
 
     def is_for_loop(self) -> bool:
         """Tell whether only the loop can bring its attempt to an end."""
-        return self.on_loop or self.awaitable is not None or self.carried
+        return self.on_loop or self.awaitable is not None or self.loop_has_it
 
     def is_silent(self) -> bool:
         """Tell whether nothing is to be said of its end."""
@@ -651,7 +668,7 @@ class _Job:
             delay = self.options["backoff"] * 2.0 ** (self.attempt - 1)
             delay = min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
         if error is not None:
-            self.note(error)
+            self.note(error, again=delay is not None)
         if delay is not None:
             self.tell(
                 _log,
@@ -666,16 +683,15 @@ class _Job:
             self.tell(self.tell_end, error)
         return delay
 
-    def tell(
-        self, function: Any, *args: Any, within: Context | None = None, **fields: Any
-    ) -> None:
+    def tell(self, function: Any, *args: Any, **fields: Any) -> None:
         """Speak in a copy of the job's context: what it left may have entered that."""
-        context = within
-        if context is None:
-            context = (self.scope if self.attempt else self.context).copy()
+        context = (self.scope if self.attempt else self.context).copy()
+        context.run(_enter, context)
+        self.tell_within(context, functools.partial(function, *args, **fields))
+
+    def tell_within(self, context: Context, tell: Callable[[], Any]) -> None:
         try:
-            context.run(_enter, context)
-            context.run(function, *args, **fields)
+            context.run(tell)
         except BaseException as error:
             _write_to_stderr("It could not be told of a job.", error)
             if threading.current_thread() is threading.main_thread():
@@ -701,10 +717,10 @@ class _Job:
     def keep(self, value: Any) -> None:
         """Keep what it returned, or raise what makes that unacceptable."""
 
-    def note(self, error: BaseException) -> None:
-        """Keep what an attempt has raised."""
+    def note(self, error: BaseException, *, again: bool) -> None:
+        """Keep what an attempt has raised, and whether there is another one."""
 
-    def settle(self, outcome: str, reason: str | None) -> None:
+    def note_outcome(self, outcome: str, reason: str | None) -> None:
         """Note how it has ended, under the lock, and why it was given up."""
 
 
@@ -718,7 +734,8 @@ def _name(func: Any) -> str:
         while issubclass(type(func), functools.partial):
             func = func.func
         return _cut(_path(func))
-    except BaseException:  # of what it looked at
+    except BaseException as error:  # of what it looked at
+        _let_through(error)
         return _cut(_path(type(func)))
 
 
@@ -726,7 +743,8 @@ def _path(named: Any) -> str:
     """Return where a function or class is to be found; of an object, its class."""
     try:
         module, name = named.__module__ or "builtins", named.__qualname__
-    except BaseException:  # it has no name, or a property that fails
+    except BaseException as error:  # it has no name, or a property that fails
+        _let_through(error)
         module = name = None
     if isinstance(module, str) and isinstance(name, str):
         return f"{module}.{name}"
@@ -736,8 +754,16 @@ def _path(named: Any) -> str:
 def _describe(error: BaseException) -> str:
     try:
         return _cut(f"{type(error).__name__}: {error}")
-    except BaseException:  # of its own __str__
+    except BaseException as failure:  # of its own __str__
+        _let_through(failure)
         return _name(type(error))
+
+
+def _let_through(error: BaseException) -> None:
+    """Raise again what interrupts a caller, as Ctrl-C does."""
+    here = threading.current_thread() is threading.main_thread()
+    if here and not isinstance(error, Exception) and _running_loop() is None:
+        raise error
 
 
 def _seconds_since(started: float) -> float:
@@ -850,8 +876,9 @@ def _seconds_until(run_after: Any) -> float | None:
                 'options["run_after"] must be an aware datetime while USE_TZ is True, '
                 "not a naive one: see django.utils.timezone.make_aware()."
             )
-        # In UTC: the hour in which clocks go back would count twice.
-        run_after = run_after.astimezone(UTC) - datetime.now(UTC)
+        if run_after.utcoffset() is None:
+            run_after = run_after.astimezone()
+        run_after -= datetime.now(UTC)
     if not isinstance(run_after, timedelta):
         raise TypeError(
             'options["run_after"] must be an aware datetime, a timedelta or None, not '
@@ -861,8 +888,9 @@ def _seconds_until(run_after: Any) -> float | None:
     return seconds if seconds > 0 else None
 
 
-# What is not public in Django, asgiref, asyncio and threading. All of it stands here,
-# with what stands in for it, and has tests for the day on which it goes.
+# What is not public in Django, asgiref, asyncio and threading stands here, but for
+# normalize_json() and what a TaskResult is made of. It has a stand-in where there can
+# be one, and tests for the day on which it goes.
 
 # atexit comes too late: executors are closed by then, and with them name look-ups,
 # asyncio.to_thread() and sync_to_async().
@@ -899,7 +927,7 @@ class _Lock(type(threading.RLock())):  # type: ignore[misc]
 def _belong_to(loop: asyncio.AbstractEventLoop) -> None:
     """Have async_to_sync() in this thread run its coroutines on a loop."""
     place: Any = getattr(SyncToAsync, "threadlocal", None)
-    if place is not None:
+    if place is not None and getattr(place, "main_event_loop", None) is not loop:
         place.main_event_loop, place.main_event_loop_pid = loop, os.getpid()
 
 
@@ -943,41 +971,49 @@ _thread_executors: Any = getattr(
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
 
 
+def _variable_of(set_value: Callable[..., Any], *args: Any) -> ContextVar[Any]:
+    """Find the variable behind a Local, by what setting a value leaves in a context."""
+    context = Context()
+    context.run(set_value, *args)
+    return next(iter(context), ContextVar("absent"))
+
+
+_executors = getattr(AsyncToSync, "executors", SimpleNamespace())
+_NO_VALUES: Any = _Storage(0, {}) if _Storage else {}
+# What a job does not inherit, and what it has instead. Not by Locals themselves: those
+# lock, and what another thread has locked as the process forks, stays so in the child.
+_NOT_INHERITED = {
+    _deadlock_context: False,
+    _thread_sensitive_context: None,
+    _variable_of(setattr, _executors, "current", None): _NO_VALUES,
+    _variable_of(set_urlconf, "of.the.request"): _NO_VALUES,
+}
+
+
 # Not the job itself: it has the context, and would keep itself alive by way of it.
 _inside_job = ContextVar("inside_job", default=False)
 
 
-def _leave_request(inherited: Context) -> None:
-    """Make the Locals of the current context its own, and this thread's."""
+def _enter(context: Context, *, again: bool = False) -> None:
+    """In a job's context: have this thread see its Locals; first, leave the request."""
     thread = threading.get_ident()
-    for variable, value in inherited.items():
-        if type(value) is _Storage and value.thread_id != thread:
+    for variable, value in context.items():
+        if not again and variable in _NOT_INHERITED:
+            variable.set(_NOT_INHERITED[variable])
+        elif type(value) is _Storage and value.thread_id != thread:
             variable.set(_Storage(thread, value.data))
-        elif variable is _deadlock_context:
-            variable.set(False)
-        elif variable is _thread_sensitive_context:
-            variable.set(None)
         elif _Storage is None and variable.name == "asgiref.local":
             variable.set(value.copy())
-    set_urlconf(None)
-    with contextlib.suppress(AttributeError):
-        del AsyncToSync.executors.current
+    _inside_job.set(True)
 
 
 def _copy_context_and_locals() -> Context:
     context = copy_context()
-    context.run(_leave_request, context)
+    context.run(_enter, context)
     return context
 
 
 _capture_context = copy_context if _Storage else _copy_context_and_locals
-
-
-def _enter(inherited: Context) -> None:
-    """In a job's context, when it is entered."""
-    if len(inherited):
-        _leave_request(inherited)
-    _inside_job.set(True)
 
 
 # Telling
@@ -1096,7 +1132,6 @@ class _Queue:
     def __init__(self, lock: Any) -> None:
         self._lock = lock
         self.levels: dict[int, deque[_Job]] = {}
-        self.order: list[int] = []  # of the levels, the highest priority first
         # Heaps, the first due first; numbers keep the order of equals.
         self.retries: list[tuple[float, int, _Job]] = []
         self.scheduled: list[tuple[float, int, _Job]] = []
@@ -1111,13 +1146,7 @@ class _Queue:
         return sum(map(len, self.levels.values())) + len(self.retries)
 
     def append(self, job: _Job) -> None:
-        priority = job.options["priority"]
-        level = self.levels.get(priority)
-        if level is None:
-            # First this: nothing may wait where no worker looks, interrupted or not.
-            self.order = sorted({*self.levels, priority}, reverse=True)
-            level = self.levels.setdefault(priority, deque())
-        level.append(job)
+        self.levels.setdefault(job.options["priority"], deque()).append(job)
 
     def append_later(self, job: _Job, delay: float) -> bool:
         """Have a job wait for so many seconds. Return whether it is the first due."""
@@ -1145,16 +1174,25 @@ class _Queue:
                 heappop(heap)
         return ready
 
-    def contents(self) -> list[_Job]:
-        """Return what waits, in order."""
-        jobs = [job for priority in self.order for job in self.levels.get(priority, ())]
-        for heap in self.retries, self.scheduled:
-            jobs += [job for *_, job in sorted(heap)]
-        return jobs
+    def ready(self) -> list[deque[_Job]]:
+        """Return what may run now, by priority."""
+        return [self.levels[priority] for priority in sorted(self.levels, reverse=True)]
 
-    def clear(self) -> None:
-        for part in self.levels, self.retries, self.scheduled:
-            part.clear()
+    def emptied(self, *, pending: bool = True) -> Iterator[_Job]:
+        """
+        Yield what waits, or only what is scheduled, in order. Each job is taken out
+        after that: interrupted before, it is still counted.
+        """
+        for level in self.ready() if pending else ():
+            while level:
+                yield level[0]
+                level.popleft()
+        for heap in (self.retries, self.scheduled) if pending else (self.scheduled,):
+            while heap:
+                entry = heap[0]
+                yield entry[2]
+                if heap[0] is entry:  # else one was deferred that is due before
+                    heappop(heap)
 
 
 class _Process:
@@ -1195,8 +1233,10 @@ class _Process:
             self.start_background()
 
     def check_room(self, *, flows_over: bool = False) -> None:
-        """Raise QueueFull if no other job may wait."""
+        """Raise what keeps a job from being queued, before anything is told of it."""
         maxsize = _setting("QUEUE_MAXSIZE")
+        if not self.pools:
+            _check_configuration()
         if 0 < maxsize <= self.queue.qsize() and not _setting("IMMEDIATE"):
             with self.lock:
                 self.rejected += not flows_over
@@ -1217,9 +1257,16 @@ class _Process:
             if job.on_loop:
                 _call_on(worker.pool.loop, worker.work_on_loop)
             else:
-                worker.call(worker.work)
+                worker.call_in_thread(worker.work)
             # Only now: interrupted before, the next job wakes it, perhaps once more.
-            self.idle.pop(worker, None)
+            if self.idle.pop(worker, self) is self:
+                self.wake(job)  # a signal handler has woken this one for another job
+
+    def wake_all(self) -> None:
+        """Have all that are idle look, if there is anything for them."""
+        if any(self.queue.levels.values()):
+            for worker in [*self.idle]:
+                worker.call_in_thread(worker.work)
 
     def look_again(self, *, retry_at_once: bool = False) -> None:
         """Make ready what is due, and wake workers for it."""
@@ -1237,8 +1284,7 @@ class _Process:
             return None
         if self.queue.retries or self.queue.scheduled:
             self.look_again()
-        for priority in self.queue.order:
-            level = self.queue.levels.get(priority)
+        for level in self.queue.ready():
             while level:
                 job = level[0]
                 # First this: an exception that is injected before the next step leaves
@@ -1250,17 +1296,18 @@ class _Process:
                 if fresh:
                     job.begin()
                     return job
-        worker.resting = True
+        worker.has_no_job = True
         self.idle[worker] = None
+        self.wake_all()  # for what a signal handler has deferred as we looked
         self.notify()
         return None
 
-    def take_after_rest(self, worker: _Worker) -> _Job | None:
+    def take_if_idle(self, worker: _Worker) -> _Job | None:
         """Give a worker that was woken the next job, unless it has one."""
         with self.lock:
-            if not worker.resting:
+            if not worker.has_no_job:
                 return None
-            worker.resting = False
+            worker.has_no_job = False
             self.idle.pop(worker, None)
             return self.take(worker)
 
@@ -1269,7 +1316,7 @@ class _Process:
         with self.lock:
             if job.outcome is not None or job not in self.in_flight:
                 return False
-            job.settle(outcome, reason)
+            job.note_outcome(outcome, reason)
             job.outcome = outcome
             return True
 
@@ -1286,16 +1333,22 @@ class _Process:
         self, worker: _Worker, job: _Job, delay: float | None = None
     ) -> _Job | None:
         """Let go of a job, or have it wait for its next attempt; take the next one."""
+        # What it leaves goes after that: finalizers may wait, and the lock may not.
+        settled, left = False, (job.raised, job.scope)
         with self.lock:
             job.raised = None  # or it would keep itself alive, by way of its frames
             if delay is None:
-                if self.settle(job):
-                    job.forget()
+                settled = self.settle(job)
             elif job in self.in_flight:
                 self.retried += 1
+                job.scope = job.context
                 self.put_later(job, delay)
                 del self.in_flight[job]
-            return self.take(worker)
+            following = self.take(worker)
+        del left
+        if settled:
+            job.forget()
+        return following
 
     def held_by(self, *workers: _Worker) -> list[_Job]:
         with self.lock:
@@ -1334,9 +1387,9 @@ class _Process:
     @contextlib.contextmanager
     def watching(self, callback: Callable[[], None]) -> Iterator[None]:
         """Have a function called, in whatever thread, when jobs may have ended."""
-        with self.lock:
-            self.watchers[callback] = None
         try:
+            with self.lock:
+                self.watchers[callback] = None
             yield
         finally:
             with self.lock:
@@ -1374,14 +1427,13 @@ class _Process:
 
     def start_background(self) -> None:
         """Serve without a lifespan."""
-        _check_configuration()
         self.prepare()
         background = _Background()
-        with self.lock:
-            if self.pools:  # another thread was faster
-                return background.loop.close()
-            self.pools = (background,)
         try:
+            with self.lock:
+                if self.pools:  # another thread was faster
+                    return background.loop.close()
+                self.pools = (background,)
             background.start()
         except BaseException:  # also a signal handler's
             background.undo_start()
@@ -1391,12 +1443,15 @@ class _Process:
             said += ", though requests come: jobs waiting at SIGTERM may be lost"
         _write(logging.WARNING if self.requests_seen else logging.INFO, f"{said}.")
 
+    def serve_what_is_left(self) -> None:
+        """Have run what a signal handler deferred amid the last steps of a drain."""
+        if self.queue.pending() and not self.pools and not self.exiting:
+            self.start_background()
+
     def prepare(self) -> None:
         """Be ready for a fork and for the end, once there is something to lose."""
-        with self.lock:
-            if self.prepared:
-                return
-            self.prepared = True
+        if self.prepared:
+            return
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.start_empty)
         # What is registered last is called first: before executors' processes end.
@@ -1407,6 +1462,7 @@ class _Process:
         except RuntimeError:  # the main thread has ended, or this is its very end
             self.exiting = threading.current_thread() is threading.main_thread()
             atexit.register(_drain_at_exit)
+        self.prepared = True  # only now: interrupted before, it is done once more
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
@@ -1432,14 +1488,14 @@ class _Worker:
 
     def __init__(self, pool: _Pool, name: str) -> None:
         self.pool = pool
-        self.resting = True
+        self.has_no_job = True
         # The thread's connections by alias; Django's dict: a look costs nothing.
         self.connections: Mapping[str, Any] = {}
         # Of the job on the loop: its latest call.
         self.latest: Future[Any] | None = None
         self._latest_call: tuple[Any, ...] | None = None
         # What has ended on the loop, until the thread goes on.
-        self.leaving: _Job | None = None
+        self.to_finish: _Job | None = None
         self.ended = self.gone = False
         self._calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._interruption: BaseException | None = None
@@ -1448,7 +1504,7 @@ class _Worker:
         self.thread = _start_thread(self._serve, name)
         _thread_executors[self.sensitive] = self
 
-    def call(self, *call: Any) -> None:
+    def call_in_thread(self, *call: Any) -> None:
         """Have the thread call a function with arguments. It should not raise."""
         self._calls.put(call)
         if not self.thread.is_alive():  # it has died; or has ended, and is asked again
@@ -1460,14 +1516,14 @@ class _Worker:
     ) -> Future[Any]:
         """Do what asgiref asks of an executor."""
         if self.connections and self.latest is None:
-            self.call(_clean_connections)
+            self.call_in_thread(_clean_connections)
         future = self.latest = Future()
         call = functools.partial(_fulfil, future, function, *args, **kwargs)
         self._latest_call = (call,)
-        self.call(call)
+        self.call_in_thread(call)
         return future
 
-    def hangs(self) -> bool:
+    def has_open_call(self) -> bool:
         """Tell whether a call is open that the job on the loop has made."""
         latest = self.latest
         # Cancelled before it began, it may wait behind one that hangs.
@@ -1496,7 +1552,7 @@ class _Worker:
                     call = ()  # or it would keep a job alive while the thread waits
             except BaseException as error:  # injected by a job, or memory that ran out
                 self._interruption, call = error, ()
-                if self.hangs():  # perhaps its call was hit; twice does no harm
+                if self.has_open_call():  # perhaps its call was hit; twice does no harm
                     self._calls.put(self._latest_call)
         _close_connections()
         self.connections = {}
@@ -1512,10 +1568,10 @@ class _Worker:
         Run jobs until one belongs on the loop, or none is left. The first is a given
         one, or what follows the one that leaves the loop, or what waits, if idle.
         """
-        if job is None and self.leaving is not None:
-            job = self.finish(self.leaving)
+        if job is None and self.to_finish is not None:
+            job = self.finish(self.to_finish)
         elif job is None:
-            job = _process.take_after_rest(self)
+            job = _process.take_if_idle(self)
         if job is not None:
             self.clean_connections()  # which may have grown too old meanwhile
         until = monotonic() + _SLICE
@@ -1535,10 +1591,11 @@ class _Worker:
     def finish(self, job: _Job) -> _Job | None:
         """End an attempt, and return the next job, to which nothing of it is left."""
         delay = None
-        job.carried = False
-        self.leaving = self.latest = self._latest_call = None
+        job.loop_has_it = False
+        self.to_finish = self.latest = self._latest_call = None
         self.clean_connections()
         _forget_loops()
+        _belong_to(self.pool.loop)  # a job's own loop may have taken that place
         if not job.is_silent():
             delay = job.end()
             self.clean_connections()  # of receivers and handlers
@@ -1547,7 +1604,7 @@ class _Worker:
     def carry_to_loop(self, job: _Job) -> None:
         with _process.lock:  # or the loop might have let go of it first
             carried = _call_on(self.pool.loop, self.work_on_loop, job)
-            job.carried = carried
+            job.loop_has_it = carried
         if not carried:
             self.pool.bury()  # with what the job is waiting for still
             job.drop_awaitable()
@@ -1556,15 +1613,16 @@ class _Worker:
         """Go on after an exception from outside of any job; it fails that at hand."""
         job, *_ = *_process.held_by(self), None
         if job is None:
-            self.resting = self.leaving is None  # it may not have noticed its wake-up
-        elif not job.attempt or not job.carried:  # else the loop has it
+            # It may not have noticed its wake-up.
+            self.has_no_job = self.to_finish is None
+        elif not job.attempt or not job.loop_has_it:  # else the loop has it
             if not job.attempt:
                 job.begin()
-            if job.outcome is None and self.leaving is None:
+            if job.outcome is None and self.to_finish is None:
                 job.drop_awaitable()
                 if job.raised is _NOT_ENDED or job.raised is None:
                     job.raised = error
-            self.leaving = job
+            self.to_finish = job
         self.work()
 
     # On the loop
@@ -1573,14 +1631,14 @@ class _Worker:
         """See work(). With an asyncio task go on after its job, for it has ended."""
         try:
             if job is None:
-                job = _process.take_after_rest(self)
+                job = _process.take_if_idle(self)
             elif task is not None:
                 job = self.next_on_loop(job)
             self.run_on_loop(job)
         except BaseException as error:  # memory ran out, or a signal handler raised
             for held in _process.held_by(self):
-                held.carried = False
-            self.call(self.recover, error)
+                held.loop_has_it = False
+            self.call_in_thread(self.recover, error)
             if not isinstance(error, Exception):
                 raise
 
@@ -1595,8 +1653,8 @@ class _Worker:
                 job = _process.settle_and_take(self, job)
                 continue
             if job.to_announce or not (job.on_loop or job.awaitable is not None):
-                return self.call(self.work, job)
-            job.carried = True
+                return self.call_in_thread(self.work, job)
+            job.loop_has_it = True
             job.task = task = asyncio.Task(
                 job.arun(self.sensitive),
                 loop=self.pool.loop,
@@ -1616,9 +1674,9 @@ class _Worker:
         """Return the next job, if there is nothing to be done in the thread before."""
         if self.latest is None and job.on_loop and job.is_silent():
             return _process.settle_and_take(self, job)
-        worker = self.replace(job) if self.hangs() else self
-        worker.leaving = job
-        worker.call(worker.work)
+        worker = self.replace(job) if self.has_open_call() else self
+        worker.to_finish = job
+        worker.call_in_thread(worker.work)
         if self.pool.closed:
             worker.end()  # perhaps once more: a job may outlive the drain
         return None
@@ -1628,7 +1686,7 @@ class _Worker:
         worker = self
         with _reported("No thread can be started in the place of one that hangs."):
             worker = _Worker(self.pool, self.thread.name)
-            worker.resting = False
+            worker.has_no_job = False
             with _process.lock:
                 self.pool.workers[self.pool.workers.index(self)] = worker
                 if job in _process.in_flight:
@@ -1683,7 +1741,7 @@ def _disconnect(connection: Any, **kwargs: Any) -> None:
         return
     with _process.lock:
         for worker in _process.idle:
-            worker.call(_close_connections)
+            worker.call_in_thread(_close_connections)
     if _process.shares_thread:
         with contextlib.suppress(RuntimeError, AttributeError):  # at the end
             SyncToAsync.single_thread_executor.submit(connections.close_all)
@@ -1725,7 +1783,7 @@ class _Pool:
 
     def begin(self) -> None:
         for worker in self.workers:
-            worker.call(worker.work)
+            worker.call_in_thread(worker.work)
         _call_on(self.loop, self.look_again)
 
     def look_again(self) -> None:
@@ -1746,8 +1804,7 @@ class _Pool:
         _process.pools = tuple(pool for pool in _process.pools if pool is not self)
         for worker in self.workers:
             _process.idle.pop(worker, None)
-        for worker in [*_process.idle]:  # for jobs for which one of ours was woken
-            worker.call(worker.work)
+        _process.wake_all()  # for jobs for which one of ours was woken
 
     def leave(self) -> None:
         """Be told, under the lock, that a worker takes no more."""
@@ -1758,8 +1815,8 @@ class _Pool:
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            loss.claim([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
-        self.workers[0].call(loss.say, math.inf)
+            loss.take_over([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
+        next(_in_spare_thread(functools.partial(loss.say, math.inf), 0), None)
         self.end_workers()
 
     def ends_with_process(self) -> bool:
@@ -1846,6 +1903,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             alone = {pool}.issuperset(_process.pools)
             if alone:
                 _process.look_again(retry_at_once=True)
+                _process.wake_all()  # as a wake-up may have been interrupted
             else:
                 pool.withdraw()
             flying = [*_process.in_flight] if alone else _process.held_by(*pool.workers)
@@ -1853,14 +1911,18 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             late = now >= pool.deadline
             if late or not (flying or pending):
                 loss = _Loss()
-                # Unless it is late, nothing waits but what is scheduled.
-                waiting = alone and (late or final)
-                loss.claim(flying if late else [], waiting=waiting)
                 if final:
                     pool.withdraw()
+                waiting = _process.queue.emptied(pending=late)
+                given_up = alone and (late or final)
+                loss.take_over(flying if late else [], waiting if given_up else ())
                 break
         if now >= report_at:
-            seen = [(job.func, job, job.started) for job in flying[:_MOST_NAMED]]
+            seen = [
+                (job.func, job, job.started)
+                for job in flying[:_MOST_NAMED]
+                if job.attempt
+            ]
             say = functools.partial(
                 _say_what_a_drain_waits_for, pending, len(flying), seen
             )
@@ -1870,6 +1932,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
     yield from loss.tell()
     if final:
         yield from pool.end_threads()
+        _process.serve_what_is_left()
 
 
 def _grace_period_over_at() -> float:
@@ -1888,8 +1951,9 @@ def _say_what_a_drain_waits_for(
         for func, job, started in seen
     ]
     bound = f"{_PREFIX}SHUTDOWN_GRACE_PERIOD"
-    limit = {"jobs": ", ".join(named), bound: getattr(settings, bound, None)}
-    _write(logging.WARNING, "draining", pending=pending, in_flight=in_flight, **limit)
+    fields = {"pending": pending, "in_flight": in_flight, "jobs": ", ".join(named)}
+    limit = getattr(settings, bound, None)
+    _write(logging.WARNING, "draining", None, **fields, **{bound: limit})
 
 
 def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
@@ -1925,18 +1989,15 @@ class _Loss:
         self.tasks: list[asyncio.Task[None]] = []
         self.untold: deque[_Job] = deque()
 
-    def claim(self, in_flight: list[_Job], *, waiting: bool = False) -> None:
+    def take_over(self, in_flight: list[_Job], waiting: Iterable[_Job] = ()) -> None:
         for job in in_flight:
             self.lose(job)
-        if waiting:
-            # One waits twice if its move was interrupted.
-            for job in dict.fromkeys(_process.queue.contents()):
-                if job.movable and not job.attempt and job.outcome is None:
-                    _process.in_flight[job] = None
-                    self.moving.append(job)
-                else:
-                    self.lose(job)
-            _process.queue.clear()  # only now: interrupted before, it is counted
+        for job in waiting:
+            if job.movable and not job.attempt and job.outcome is None:
+                _process.in_flight[job] = None
+                self.moving.append(job)
+            else:
+                self.lose(job)
         _process.notify()
 
     def lose(self, job: _Job) -> None:
@@ -2019,7 +2080,8 @@ def _drain_at_exit() -> None:
     _process.exiting = True
     loss = _Loss()
     with _process.lock:
-        loss.claim([], waiting=True)
+        # If one still serves, a thread goes on for which Python waits.
+        loss.take_over([], () if _process.pools else _process.queue.emptied())
     _drive(loss.tell())
 
 
@@ -2200,6 +2262,7 @@ class _InnerLifespan:
         deadline = max(deadline, monotonic() + _INNER_SHUTDOWN)
         failure = await self.ask("lifespan.shutdown", deadline)
         self.cancel()
+        await asyncio.wait({self.task}, timeout=_INNER_SHUTDOWN)
         return failure
 
     def cancel(self) -> None:
@@ -2293,9 +2356,9 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         """
         super().validate_task(task)
         if self.overflow is not None:
-            self.moved(task)
+            self.made_for_overflow(task)
 
-    def moved(self, task: Any) -> Any:
+    def made_for_overflow(self, task: Any) -> Any:
         """Make a Task anew as the overflow backend's own kind, which validates it."""
         there = tasks.task_backends[self.overflow]
         fields = {name: getattr(task, name) for name in _TASK_FIELDS}
@@ -2317,13 +2380,14 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         except QueueFull:
             if not job.movable:
                 raise
-            return self.moved(task).enqueue(*args, **kwargs)
-        with _process.lock:
-            _process.results[job.id] = job
+            return self.made_for_overflow(task).enqueue(*args, **kwargs)
         try:
+            with _process.lock:
+                _process.results[job.id] = job
+            delay = _seconds_until(task.run_after)
             result = job.send(tasks.signals.task_enqueued)
             _log(logging.DEBUG, job, "deferred")
-            _process.put(job, _seconds_until(task.run_after))
+            _process.put(job, delay)
         except BaseException:
             with _process.lock:
                 if not job.attempt:  # else it was queued, and has even run
@@ -2449,14 +2513,13 @@ class _TaskJob(_Job):
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
         # Not by the constructor, which takes no return value and six times as long.
-        result = object.__new__(_TaskResult)
+        result = object.__new__(_DraftOfTaskResult)
         with _process.lock:
             for name, value in self.fields.items():
-                if name in ("args", "kwargs", "_return_value"):
-                    value = _copy_json(value)
-                elif type(value) is list:
-                    value = [*value]
-                object.__setattr__(result, name, value)  # it is frozen
+                if type(value) is list or type(value) is dict:
+                    value = _copied(value)
+                setattr(result, name, value)
+        result.__class__ = _TaskResult  # which is frozen
         return result
 
     def change(self, **changes: Any) -> None:
@@ -2478,10 +2541,12 @@ class _TaskJob(_Job):
             worker_ids=[*self.fields["worker_ids"], worker],
         )
         # In the attempt's own context: what a receiver sets there, the job sees.
-        self.tell(self.send, tasks.signals.task_started, within=self.scope)
+        self.scope.run(self.enter)
+        tell = functools.partial(self.send, tasks.signals.task_started)
+        self.tell_within(self.scope, tell)
 
     def call(self) -> Any:
-        args, kwargs = _copy_json(self.args), _copy_json(self.kwargs)
+        args, kwargs = _copied(self.args), _copied(self.kwargs)
         if self.takes_context:
             context = tasks.base.TaskContext(task_result=self.snapshot())
             return self.func(context, *args, **kwargs)
@@ -2490,14 +2555,14 @@ class _TaskJob(_Job):
     def keep(self, value: Any) -> None:
         self.change(_return_value=_copy_json(value))
 
-    def note(self, error: BaseException) -> None:
+    def note(self, error: BaseException, *, again: bool) -> None:
         noted = tasks.base.TaskError(
             exception_class_path=_path(type(error)), traceback=_traceback(error) + "\n"
         )
-        ready = tasks.TaskResultStatus.READY  # if it is tried again
-        self.change(errors=[*self.fields["errors"], noted], status=ready)
+        status = tasks.TaskResultStatus.READY if again else self.fields["status"]
+        self.change(errors=[*self.fields["errors"], noted], status=status)
 
-    def settle(self, outcome: str, reason: str | None) -> None:
+    def note_outcome(self, outcome: str, reason: str | None) -> None:
         well, errors = outcome == "succeeded", self.fields["errors"]
         if reason is not None:
             path = _path(JobLost)
@@ -2533,9 +2598,20 @@ class _TaskJob(_Job):
 
     def hand_over(self) -> str:
         """Have the other backend take it; return a sentence that tells where it is."""
-        task = self.backend.moved(self.fields["task"])
-        result = self.context.copy().run(task.enqueue, *self.args, **self.kwargs)
+        task = self.backend.made_for_overflow(self.fields["task"])
+        context = self.context.copy()
+        context.run(_enter, context)
+        result = context.run(task.enqueue, *self.args, **self.kwargs)
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of what is made of lists and dicts."""
+    if type(value) is list:
+        return [_copied(each) for each in value]
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    return value
 
 
 def _copy_json(value: Any) -> Any:
@@ -2544,6 +2620,13 @@ def _copy_json(value: Any) -> Any:
         return tasks.base.normalize_json(value)
     except RecursionError:
         raise ValueError("The value is nested too deep, or in a circle.") from None
+
+
+class _DraftOfTaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
+    """A TaskResult that is being made: its fields are set as those of any object."""
+
+    __slots__ = ()
+    __setattr__, __delattr__ = object.__setattr__, object.__delattr__
 
 
 class _TaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]

@@ -689,6 +689,17 @@ async def test_a_job_does_not_run_before_its_time(ledger, zone, use_tz):
     assert ledger.runs == [False, True]
 
 
+async def test_a_job_may_wait_until_the_end_of_time():
+    """Deferring: run_after. A time that UTC does not have is a time all the same."""
+    before = stats()
+    async with serving():
+        for end, zone in (datetime.datetime.min, HOUR), (datetime.datetime.max, -HOUR):
+            end = end.replace(tzinfo=datetime.timezone(zone))
+            defer(do_nothing, options={"run_after": end})
+        assert await ajoin(HANG)
+        assert since(before) == {"accepted": 2, "scheduled": 1, "succeeded": 1}
+
+
 @pytest.mark.parametrize("back", [True, False], ids=["back", "forward"])
 def test_clocks_may_change_before_the_time_of_a_job(back):
     """Deferring: run_after. A naive one is a time of day, also as summer ends."""
@@ -825,6 +836,24 @@ async def test_jobs_may_share_the_thread_of_what_is_thread_sensitive(ledger):
     *sensitive, (_, other, _) = ledger.runs
     assert sorted(sensitive) == [(number, theirs, [number]) for number in range(30)]
     assert other != theirs
+
+
+def test_a_thread_sensitive_job_cannot_block_its_own_thread():
+    """Deferring: thread_sensitive. asyncio.run() and the ORM: asgiref refuses that."""
+    script = run_script(
+        """
+        from asgiref.sync import sync_to_async
+
+        async def orm():
+            await sync_to_async(int)()
+
+        defer(lambda: asyncio.run(orm()), options={"thread_sensitive": True})
+        print(join(5), stats()["failed"], flush=True)
+        os._exit(0)
+        """
+    )
+    assert script.stdout == "True 1\n"
+    assert "would deadlock" in script.stderr
 
 
 class Number(enum.IntEnum):
@@ -1109,8 +1138,8 @@ class Interrupt(BaseException):
     pass
 
 def is_a_step(frame, event, arg):
-    if getattr(arg, "__name__", "") in ("__enter__", "__exit__"):
-        return False  # between these and their `with` nobody looks
+    if getattr(arg, "__name__", "") == "__enter__":
+        return False  # between this and its `with` nobody looks
     if event == "call" and frame.f_back:
         frame = frame.f_back
     ours = frame.f_code.co_filename == django_simple_task.__file__
@@ -1152,7 +1181,7 @@ NO_HANG = {"DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD": 1}  # when an assertion f
 
 
 @pytest.mark.parametrize("error", ["Interrupt", "MemoryError", "RecursionError"])
-@pytest.mark.parametrize("where", ["background", "first", "loop"])
+@pytest.mark.parametrize("where", ["background", "first", "loop", "drain"])
 def test_a_defer_may_be_interrupted_anywhere(where, error):
     """Deferring: interruptions. They get out; its job is queued and counted, or not."""
     run_to_its_end(
@@ -1168,14 +1197,19 @@ def test_a_defer_may_be_interrupted_anywhere(where, error):
         cases = (ran.append, None), (ran.append, prior), (arun, prior)
 
         async def main():
-            async with serving_if(where == "loop"):
+            async with contextlib.AsyncExitStack() as stack:
+                await stack.enter_async_context(serving_if(where in ("loop", "drain")))
                 for func, options in cases:
                     call = lambda: defer(func, {"args": [1]}, options=options)
                     for step in at_each_step(call, error):
-                        defer(ran.append, {"args": [2]})
+                        if where == "drain":
+                            await stack.aclose()
+                            await stack.enter_async_context(serving())
+                        else:
+                            defer(ran.append, {"args": [2]})
+                        assert await ajoin(10), (step, stats())
                         async with serving_if(where == "first"):  # ends the background
-                            assert await ajoin(10), (step, stats())
-                        check(step)
+                            check(step)
 
         asyncio.run(main())
         """,
@@ -1219,6 +1253,70 @@ def test_a_job_may_be_deferred_in_the_midst_of_anything():
         """,
         STEPS,
         timeout=2 * HANG,
+        **NO_HANG,
+    )
+
+
+@pytest.mark.parametrize("grace", [2, 0])
+def test_what_is_deferred_between_any_two_lines_is_not_lost(grace):
+    """Deferring: interruptions. By a handler amid a defer, a worker or a drain, too."""
+    run_to_its_end(
+        """
+        deferred, done, met = [], set(), Counter()
+
+        def add(job, *args):
+            deferred.append(job)
+            priority = min(100, 250 - len(deferred) % 350)  # new ones amid append()
+            defer(job, {"args": args}, options={"priority": priority})
+
+        def look(frame, event, arg):
+            if frame.f_code.co_filename != django_simple_task.__file__:
+                return None
+            place = frame.f_code.co_name, frame.f_lineno, event
+            met[place] += 1  # a drain of each kind has the same lines
+            place = *place, met[place]
+            if event in ("line", "c_return") and place[-1] < 3 and place not in done:
+                sys.settrace(None), sys.setprofile(None)
+                done.add(place)
+                last.append(place)
+                add(ran.append, 1) if len(done) % 2 else add(arun)
+            return look
+
+        async def arun():
+            ran.append(1)
+
+        async def meets():  # what was deferred meanwhile, as another worker has it
+            until = time.monotonic() + 1
+            while len(ran) + 1 < len(deferred) and time.monotonic() < until:
+                await asyncio.sleep(0)
+            ran.append(len(ran) + 1 == len(deferred))
+
+        async def hangs():
+            await asyncio.Event().wait()
+
+        async def main():
+            last.clear(), met.clear()
+            async with serving(SHUTDOWN_GRACE_PERIOD=grace, WORKERS=2):
+                assert await ajoin(10)
+                sys.settrace(look), sys.setprofile(look)
+                for job in [meets] if grace else [hangs, hangs, arun, arun]:
+                    add(job)
+                await ajoin(2 * grace)
+            sys.settrace(None), sys.setprofile(None)
+            assert await ajoin(10), (last, stats())
+            now, least = stats(), len(deferred) if grace else 0
+            assert now["accepted"] == len(deferred), (last, len(deferred), now)
+            assert all(ran) and now["succeeded"] >= least, (last, ran[-9:], now)
+            return bool(last)
+
+        last = []
+        while asyncio.run(main()):
+            pass
+        assert len(done) > 300, len(done)
+        """,
+        STEPS,
+        f"from collections import Counter\ngrace = {grace}\n",
+        dev=False,  # in half the time
         **NO_HANG,
     )
 
@@ -1899,6 +1997,25 @@ def test_a_job_that_runs_the_loop_within_the_loop_stops_nothing():
     assert done.stdout.split() == ["True"], done.stderr
 
 
+async def test_async_to_sync_after_a_job_that_ran_a_loop_of_its_own(ledger):
+    """Where jobs run: async_to_sync. On the serving loop, whatever ran before."""
+
+    async def note():
+        ledger.note(asyncio.get_running_loop())
+
+    async def orm():
+        await sync_to_async(do_nothing)()
+
+    async def other_loop():
+        await asyncio.to_thread(asyncio.run, orm())
+
+    async with serving():
+        for job in other_loop, lambda: async_to_sync(note)():
+            defer(job)
+            assert await ajoin(HANG)
+    assert ledger.runs == [asyncio.get_running_loop()]
+
+
 # Context
 
 of_project = asgiref.local.Local()
@@ -2083,6 +2200,29 @@ def test_nothing_of_a_job_outlives_it(deaths, place, kind, fails):
     with make if kind == "task" else contextlib.nullcontext() as task:
         run_served(main)
     assert len(deaths) == (3 if kind == "task" else 12 if fails else 9)
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_a_finalizer_may_wait_for_a_thread_that_defers(kind, ledger, no_log):
+    """Context: let go. Of arguments, exceptions, contexts: not while others wait."""
+
+    class Client:
+        def __del__(self):
+            thread = threading.Thread(target=stats, daemon=True)
+            thread.start()
+            thread.join(0.5)
+            ledger.note(thread.is_alive())
+
+    def job(client):
+        customer.set(Client())
+        raise ValueError(Client())
+
+    contextvars.copy_context().run(defer_as, kind, job, Client(), **TWICE)
+    assert join(HANG)
+    until = monotonic() + HANG
+    while len(ledger.runs) < 5 and monotonic() < until:
+        gc.collect()
+    assert ledger.runs == [False] * 5
 
 
 def test_nothing_of_a_job_outlives_it_while_the_next_ones_run(deaths):
@@ -2719,7 +2859,7 @@ async def test_no_argument_and_no_return_value_is_shown(ledger, monkeypatch):
 
 
 INTERRUPTED = [(amid, KeyboardInterrupt) for amid in ("finished", "failed")]
-INTERRUPTED += [(amid, SystemExit) for amid in ("deferred", "task_enqueued")]
+INTERRUPTED += [(amid, SystemExit) for amid in ("deferred", "task_enqueued", "name")]
 
 
 @pytest.mark.parametrize(("amid", "expected"), INTERRUPTED)
@@ -2730,12 +2870,25 @@ def test_an_interruption_of_the_caller_is_not_swallowed(amid, expected):
         if record is None or event_of(record) == amid:
             signal.raise_signal(signal.SIGINT)
 
+    class Named:
+        def __call__(self):
+            pass
+
+        @property
+        def __module__(self):
+            if threading.current_thread() is threading.main_thread():
+                interrupt()
+            return "tests"
+
     handler = signal.signal(signal.SIGINT, lambda *args: raises(expected))
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, handler)
         if amid == "task_enqueued":
             call = stack.enter_context(task_of(do_nothing)).enqueue
             stack.enter_context(hearing(amid, receiver=interrupt))
+        elif amid == "name":
+            call = partial(defer, Named())
+            stack.enter_context(each_line(id))
         else:
             call = partial(defer, int, {"args": ["no"] * (amid == "failed")})
             stack.enter_context(each_line(interrupt))
@@ -3547,6 +3700,55 @@ def test_a_thread_may_defer_when_the_main_thread_has_ended():
     assert script.stdout.split() == ["ran"]
 
 
+@needs_threads_at_exit
+def test_a_server_may_go_on_when_the_main_thread_has_ended():
+    """Without a lifespan: exit. While Python waits for its thread, it keeps its jobs."""
+    script = run_to_its_end(
+        """
+        def main_thread_lives():
+            return threading.main_thread().is_alive()
+
+        def job():
+            while main_thread_lives():
+                time.sleep(0.01)
+
+        async def serve():
+            async with serving():
+                up.set()
+                while main_thread_lives():
+                    await asyncio.sleep(0.01)
+
+        up = threading.Event()
+        threading.Thread(target=asyncio.run, args=[serve()]).start()
+        up.wait(10)
+        defer(job)
+        defer(print, {"args": ["ran"]})
+        """,
+        "from conftest import serving\n",
+    )
+    assert script.stdout.split() == ["ran"], script.stderr
+
+
+def test_ctrl_c_amid_the_first_defer_leaves_the_drain_at_exit():
+    """Without a lifespan: exit. What a shell then defers is drained all the same."""
+    script = run_to_its_end(
+        """
+        def interrupt(frame, event, function):
+            if event == "c_return" and function is os.register_at_fork:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            defer(print, {"args": ["not queued"]})
+        except KeyboardInterrupt:
+            defer(time.sleep, {"args": [0.3]})
+            defer(print, {"args": ["ran"]})
+        """
+    )
+    assert script.stdout.split() == ["ran"], script.stderr
+
+
 HANGING = """
 from conftest import Hung
 
@@ -3805,6 +4007,26 @@ def test_a_server_that_ends_leaves_the_rest_to_the_others(grace, outcome, ledger
             second.call_soon_threadsafe(gates[second].set)
             ledger.wait(52)
     assert ledger.runs[2:] == [second] * 50
+
+
+async def test_the_middleware_stacked_twice_answers_when_all_is_reported(hung):
+    """Shutdown: answers. The outer one waits for what the inner one says of its jobs."""
+    answers, twice = [], django_simple_task_middleware(plain_app)
+
+    async def app(scope, receive, send):
+        async def note_and_send(message):
+            answers.append((message["type"], stats()["in_flight"]))
+            await send(message)
+
+        await django_simple_task_middleware(twice)(scope, receive, note_and_send)
+
+    server = Server(app)
+    with configured(SHUTDOWN_GRACE_PERIOD=1.2):
+        await server.startup()
+        defer(hung.coroutine)
+        await off_the_loop(hung.began.wait, 1)
+        await server.shutdown(within=1.2)
+    assert answers == [(STARTED["type"], 0), (ENDED["type"], 0)]
 
 
 @pytest.mark.parametrize("stopped", ["stacked", "the first", "the latest"])
@@ -6316,7 +6538,8 @@ class Model:
             return
         with self.changed:
             call = self.calls[record.job.rpartition(".")[2]]
-            call.ids.update(getattr(record, "ids", None) or [record.id])
+            ids = record.ids if hasattr(record, "ids") else record.id
+            call.ids.update(ids.split(","))
             self.judge(len(call.ids) == 1, call.name, record.getMessage()[:80])
             event = record.getMessage().partition(" job=")[0].partition("=")[0]
             self.told[event.removesuffix(" in flight")] += 1
