@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from django.db import connections
 from django.db.backends.sqlite3.base import DatabaseWrapper
 from django.test import override_settings
 
+import django_simple_task
 from django_simple_task import (
     defer,
     django_simple_task_middleware,
@@ -474,6 +476,50 @@ def run_to_its_end(body, *preambles, **options):
     assert script.returncode == 0, script.stderr
     assert "Traceback" not in script.stderr, script.stderr
     return script
+
+
+class Interrupt(BaseException):
+    """Raised by a signal handler, at any step of our code."""
+
+
+def is_a_step(frame, event, arg):
+    """Tell whether Python, profiling, is where it looks for signals, in our code."""
+    if getattr(arg, "__name__", "") == "__enter__":
+        return False  # between this and its `with` nobody looks
+    if event == "call" and frame.f_back:
+        frame = frame.f_back
+    ours = frame.f_code.co_filename == django_simple_task.__file__
+    return ours and event in ("call", "c_return")
+
+
+class Raising:
+    """A profiler that raises an error at the n-th of our steps."""
+
+    def __init__(self, step, error):
+        self.step, self.error, self.seen = step, error, 0
+
+    def __call__(self, *event):
+        self.seen += is_a_step(*event)
+        if self.seen == self.step and is_a_step(*event):
+            raise self.error
+
+
+def at_each_step(call, error):
+    """Make a call again and again, each time with an error at a later step."""
+    for step in itertools.count(1):
+        hook, got_out = Raising(step, error), False
+        sys.setprofile(hook)
+        try:
+            call()
+        except error:
+            got_out = True
+        finally:
+            sys.setprofile(None)
+        assert got_out is (hook.seen >= step), (step, "it did not get out")
+        yield step
+        if not got_out:
+            break
+    assert step > 5
 
 
 def lines_at(level, script):
