@@ -5,29 +5,44 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
+import gc
 import importlib
 import inspect
 import itertools
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
+import asgiref.local
 import django
 import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.testing import ApplicationCommunicator
 from django.conf import settings
+from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 from django.db.backends.sqlite3.base import DatabaseWrapper
+from django.http import HttpResponse
 from django.test import override_settings
+from django.urls import get_script_prefix, get_urlconf, path, set_urlconf
+from django.urls.base import set_script_prefix
+from django.utils import timezone, translation
+from django.utils.decorators import sync_only_middleware
 
 import django_simple_task
 from django_simple_task import (
+    ajoin,
     defer,
     django_simple_task_middleware,
     join,
@@ -131,8 +146,7 @@ async def serving(app=plain_app, **ours):
     settings of ours by their names without the prefix: serving(WORKERS=2).
     """
     server = Server(django_simple_task_middleware(app))
-    named = {f"DJANGO_SIMPLE_TASK_{name}": value for name, value in ours.items()}
-    with override_settings(**named):
+    with configured(**ours):
         assert await server.startup() == STARTED
         try:
             yield server
@@ -418,6 +432,204 @@ def in_a_thread(function, *args):
     """Return what a function returns in a thread and a context of its own."""
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         return executor.submit(function, *args).result(HANG)
+
+
+# What a job inherits.
+customer = contextvars.ContextVar("customer", default="nobody's")
+
+
+def configured(**ours):
+    """Override settings of ours by their names without the prefix."""
+    named = {f"DJANGO_SIMPLE_TASK_{name}": value for name, value in ours.items()}
+    return override_settings(**named)
+
+
+@pytest.fixture
+def nothing_serves():
+    """End the background thread that may serve, before the test and after it."""
+
+    async def serve_briefly():
+        async with serving():
+            assert await ajoin(HANG)
+
+    asyncio.run(serve_briefly())
+    yield
+    asyncio.run(serve_briefly())
+
+
+async def in_flight():
+    """Let the only worker wait; return what lets it go on."""
+    release = asyncio.Event()
+    defer(release.wait)
+    while not stats()["in_flight"]:
+        await asyncio.sleep(0)
+    return release
+
+
+def fail():
+    raise ValueError
+
+
+async def afail():
+    raise ValueError
+
+
+def raises(error):
+    raise error
+
+
+EACH_KIND = ["sync", "async", "thread_sensitive", "orm", "awaitable"]
+
+
+def defer_as(kind, function, *args, **options):
+    """Defer a sync function, or in its place a job of another kind that calls it."""
+
+    async def job():
+        return function(*args)
+
+    async def orm():
+        return await sync_to_async(function)(*args)
+
+    deferred = {"async": job, "orm": orm, "awaitable": lambda: job()}.get(kind)
+    options |= {"thread_sensitive": True} if kind == "thread_sensitive" else {}
+    defer(deferred or partial(function, *args), options=options)
+
+
+def run_in_project(folder, code, *flags, name="django_simple_task"):
+    """Copy the module into a project under a name, and run a script there."""
+    target = folder.joinpath(*name.split(".")).with_suffix(".py")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(django_simple_task.__file__, target)
+    done = subprocess.run(
+        [sys.executable, *(flags or ("-Xdev", "-Werror")), "-c", code],
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": "", "DJANGO_SETTINGS_MODULE": ""},
+        text=True,
+        timeout=HANG,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def run_served(main, **ours):
+    """Run a coroutine function beside a lifespan, in a thread of its own."""
+
+    async def bounded():
+        async with serving(**ours):
+            return await asyncio.wait_for(main(), HANG)
+
+    return in_a_thread(lambda: asyncio.run(bounded()))
+
+
+@pytest.fixture(params=["lifespan", "background"])
+def where(request):
+    """Give what runs a function in a thread, while this or that serves."""
+    if request.param == "background":
+        return in_a_thread
+    return lambda play: run_served(partial(asyncio.to_thread, play))
+
+
+of_project = asgiref.local.Local()
+
+CALLERS = ("caller's", "caller's", "de", "Asia/Tokyo", "/caller's/", None)
+
+NOTHING_SET = ("nobody's", None, "en", "America/Chicago", "/", None)
+
+
+def seen():
+    """Return what the context says, to Django and to a project."""
+    own = customer.get(), getattr(of_project, "value", None)
+    localised = translation.get_language(), timezone.get_current_timezone_name()
+    return (*own, *localised, get_script_prefix(), get_urlconf())
+
+
+def set_all(whose, language="fr", zone="Europe/Paris"):
+    customer.set(whose)
+    of_project.value = whose
+    translation.activate(language)
+    timezone.activate(zone)
+    set_script_prefix(f"/{whose}/")
+    set_urlconf(f"{whose}.urls")
+
+
+set_callers = partial(set_all, "caller's", "de", "Asia/Tokyo")
+
+
+@sync_only_middleware
+def sync_middleware(get_response):
+    return lambda request: get_response(request)
+
+
+PLACES = ["thread", "coroutine", "sync_to_async", "async_to_sync"]
+
+PLACES += ["sync view", "async view", "sync view, middleware", "async view, middleware"]
+
+
+async def call_in(place, call):
+    """Call a function in a place such as projects have, each with its own context."""
+
+    async def acall(request=None):
+        call()
+        return HttpResponse()
+
+    if place == "thread":
+        await asyncio.to_thread(in_a_thread, call)
+    elif place == "coroutine":
+        await asyncio.create_task(acall())
+    elif place == "sync_to_async":
+        await asyncio.create_task(sync_to_async(call)())
+    elif place == "async_to_sync":
+        await asyncio.to_thread(in_a_thread, async_to_sync(acall))
+    else:
+        middleware = [f"{__name__}.sync_middleware"] * place.endswith("middleware")
+        view = (
+            acall if place.startswith("async") else lambda _: call() or HttpResponse()
+        )
+        with override_settings(MIDDLEWARE=middleware, ROOT_URLCONF=(path("", view),)):
+            scope = {"type": "http", "http_version": "1.1", "method": "GET"}
+            scope |= {"path": "/", "query_string": b"", "headers": []}
+            request = ApplicationCommunicator(ASGIHandler(), scope)
+            await request.send_input({"type": "http.request", "body": b""})
+            assert (await request.receive_output(HANG))["status"] == 200
+            await request.receive_output(HANG)
+            await request.wait(HANG)
+
+
+class Mortal(ValueError):
+    """What must die with a job."""
+
+
+@pytest.fixture
+def deaths():
+    """Collect what is set when a mortal dies; Python collects nothing meanwhile."""
+    logger, formatter = logging.getLogger("django_simple_task"), logging.Formatter()
+
+    def kept_from_pytest(record):  # which keeps all records, with their exceptions
+        return not formatter.format(record)
+
+    logger.addFilter(kept_from_pytest)
+    gc.collect()
+    gc.disable()
+    yield []
+    gc.enable()
+    logger.removeFilter(kept_from_pytest)
+
+
+def mortal(deaths):
+    thing = Mortal()
+    deaths.append(threading.Event())
+    weakref.finalize(thing, deaths[-1].set)
+    return thing
+
+
+def each_line(take):
+    """Have a function called with each record of ours that is about a job."""
+    return heard(lambda line: hasattr(line, "job") and take(line), logging.DEBUG)
+
+
+def event_of(record):
+    return record.getMessage().split(" job=")[0]
 
 
 PREAMBLE = """
