@@ -85,7 +85,6 @@ from conftest import (
     PLACES,
     STARTED,
     Ledger,
-    Mortal,
     Server,
     afail,
     app_with_a_lifespan,
@@ -1762,25 +1761,12 @@ def test_a_job_runs_in_a_copy_of_the_context_of_its_caller(ledger, whence, immed
         assert where == ("loop" if kind in ("async", "awaitable") else "thread")
 
 
-@contextlib.contextmanager
-def task_of(function, **options):
-    """Make a Task of a function, with these OPTIONS."""
-    ours = {"BACKEND": "django_simple_task.SimpleTaskBackend", "OPTIONS": options}
-    with override_settings(TASKS={"default": ours}):
-        yield tasks_package().task(function)
-
-
-def look_for_mortal():
-    assert isinstance(customer.get(), Mortal)
-
-
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("kind", [*EACH_KIND, "timeout", "task"])
-@pytest.mark.parametrize("place", ["thread", "coroutine"])
-def test_nothing_of_a_job_outlives_it(deaths, place, kind, fails):
+@pytest.mark.parametrize("kind", [*EACH_KIND, "timeout"])
+@pytest.mark.parametrize("whence", ["thread", "coroutine"])
+def test_nothing_of_a_job_outlives_it(deaths, whence, kind, fails):
     """Context: let go. Nor arguments, results and exceptions; mostly without gc."""
-    options = {"max_attempts": 2, "backoff": 0}
-    options |= {"timeout": HANG} if kind == "timeout" else {}
+    options = {**TWICE, "timeout": HANG} if kind == "timeout" else TWICE
 
     def use(argument):
         if fails:
@@ -1789,26 +1775,19 @@ def test_nothing_of_a_job_outlives_it(deaths, place, kind, fails):
 
     def call():
         customer.set(mortal(deaths))
-        if kind == "task":
-            results.append(task.enqueue())
-        else:
-            as_kind = kind.replace("timeout", "async")
-            defer_as(as_kind, use, mortal(deaths), **options)
+        defer_as(kind.replace("timeout", "async"), use, mortal(deaths), **options)
 
     async def main():
         for _ in range(3):
-            await call_in(place, call)
+            await call_in(whence, call)
             assert await ajoin(HANG)
         while not all(dead.is_set() for dead in deaths):
             await asyncio.sleep(0.001)  # a thread is on its way to rest
             if kind in ("thread_sensitive", "orm"):
                 gc.collect()  # frames of asgiref are in a circle with their context
 
-    results = []
-    make = task_of(look_for_mortal, MAX_ATTEMPTS=1 + fails)
-    with make if kind == "task" else contextlib.nullcontext() as task:
-        run_served(main)
-    assert len(deaths) == (3 if kind == "task" else 12 if fails else 9)
+    run_served(main)
+    assert len(deaths) == (12 if fails else 9)
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
@@ -1840,10 +1819,7 @@ def test_nothing_of_a_job_outlives_it_while_the_next_ones_run(deaths):
 
     def view():
         customer.set(mortal(deaths))
-        defer(look_for_mortal_on_loop)
-
-    async def look_for_mortal_on_loop():
-        look_for_mortal()
+        defer(afail)
 
     async def take_long():
         time.sleep(0.01)
@@ -2428,7 +2404,8 @@ def test_an_interruption_of_the_caller_is_not_swallowed(amid, expected):
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, handler)
         if amid == "task_enqueued":
-            call = stack.enter_context(task_of(do_nothing)).enqueue
+            stack.enter_context(override_settings(TASKS=TASKS))
+            call = tasks_package().task(do_nothing).enqueue
             stack.enter_context(hearing(amid, receiver=interrupt))
         elif amid == "name":
             call = partial(defer, Named())
@@ -3021,40 +2998,21 @@ async def test_a_job_that_outlives_the_drain_leaves_no_thread(orm, hung, said):
 # Without a lifespan
 
 
-@pytest.mark.parametrize(("requests", "level"), [(0, "INFO"), (2, "WARNING")])
-def test_without_a_lifespan_a_background_thread_runs_the_jobs(requests, level):
-    """Without a lifespan: background. It says so once, and warns if requests come."""
-    script = run_to_its_end(
-        f"""
-        async def app(scope, receive, send):
-            pass
-
-        for _ in range({requests}):
-            middleware = django_simple_task_middleware(app)
-            asyncio.run(middleware({{"type": "http"}}, None, None))
-        for _ in range(2):
-            defer(lambda: print(threading.current_thread().name))
-            assert join(10)
-        """
-    )
-    assert "MainThread" not in script.stdout
-    (told,) = [line for line in script.stderr.splitlines() if "background" in line]
-    assert told.startswith(level)
-    assert ("jobs waiting at SIGTERM may be lost" in told) is bool(requests)
-
-
 NO_FORK = "import asyncio, os, random; del os.register_at_fork\n"
 
 
 @pytest.mark.parametrize(("jobs", "before"), [(0, ""), (1000, ""), (1000, NO_FORK)])
 def test_a_script_that_ends_runs_all_that_waits(jobs, before):
-    """Without a lifespan: exit. A defer after the drain is told that it is too late."""
+    """
+    Without a lifespan: background. It says so once, and runs all that waits when the
+    script ends; a defer after the drain is told that it is too late.
+    """
     script = run_to_its_end(
         f"""
         import atexit
-        logging.getLogger("django_simple_task").setLevel("ERROR")
 
         def job(n):
+            assert threading.current_thread() is not threading.main_thread()
             runs.append(n)
             if n < 100:
                 defer(job, {{"args": [n + 1000]}})
@@ -3079,6 +3037,8 @@ def test_a_script_that_ends_runs_all_that_waits(jobs, before):
     accounts, error = script.stdout.splitlines()
     assert accounts == ("1100 1100 1100" if jobs else "0 0 0")
     assert "The interpreter is shutting down" in error
+    told = [line for line in lines_at("INFO", script) if "No lifespan" in line]
+    assert len(told) == bool(jobs)
 
 
 needs_threads_at_exit = pytest.mark.skipif(
