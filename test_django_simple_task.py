@@ -2538,6 +2538,7 @@ MESSAGES.append({"type": "lifespan.startup"})
 
 @examples
 @hypothesis.given(some.lists(some.sampled_from(MESSAGES), max_size=4))
+@hypothesis.example([*MESSAGES, MESSAGES[-1]])
 def test_each_message_has_its_answer(messages):
     """Startup: answers. Twice, all at once; what makes no sense is warned of."""
 
