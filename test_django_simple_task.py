@@ -3219,30 +3219,33 @@ def fill():
 
 taken, closed, loop = threading.Event(), threading.Event(), asyncio.new_event_loop()
 loop.run_until_complete(start())
-defer(job)
-taken.wait(10)
+if AWAITS:
+    defer(job)
+    taken.wait(10)
 fill()
 if CLOSES:
     loop.close()
     closed.set()
-    while not stats()["lost"]:
+    while AWAITS and not stats()["lost"]:
         time.sleep(0.01)
     fill()
     assert join(10)
-closed.set()
 """
 
 
-@pytest.mark.parametrize("closes", [False, True])
-def test_jobs_of_a_server_that_died_run_or_are_reported(closes):
+@pytest.mark.parametrize(
+    ("closes", "awaits"), [(False, False), (True, False), (True, True)]
+)
+def test_jobs_of_a_server_that_died_run_or_are_reported(closes, awaits):
     """Without a lifespan: exit. A loop that ends without a shutdown mislays nothing."""
-    script = run_script(DYING.replace("CLOSES", str(closes)))
+    given = f"CLOSES, AWAITS = {closes}, {awaits}\n"
+    script = run_script(given + DYING)
     assert script.returncode == 0, script.stderr
     lost = sum(map(int, re.findall(r"lost=(\d+)", script.stderr)))
     ran = script.stdout.count("ran")
     assert (ran, lost) == (10, 0) if closes else ran + lost == 5, script
-    assert "lost in flight job=__main__.job" in script.stderr
-    assert not closes or "never awaited" not in script.stderr
+    assert ("lost in flight job=__main__.job" in script.stderr) is awaits
+    assert "never awaited" not in script.stderr
 
 
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.4, "lost")])
