@@ -166,7 +166,7 @@ Servers: drain on SIGTERM; hung jobs; signals; second signal; without a lifespan
 Model: any sequence
 Simulation: any interleaving
 Chaos: signals; kills
-Load: nothing is lost; memory; waiting jobs; lifespans
+Load: nothing is lost; memory; waiting jobs
 Release 0.1.2: rows
 Demo: page; upload; hosts; drain; in a browser
 README: blocks run; log lines; defaults; changes; links; around each job
@@ -4476,10 +4476,6 @@ class TaskOfElsewhere(Task):
         scene.made_there.append(self)
 
 
-class RefusedElsewhere(InvalidTask):
-    pass
-
-
 class Elsewhere(DummyBackend):
     """Stand in for a durable engine: it takes a Task, and a test says what happens."""
 
@@ -4493,7 +4489,7 @@ class Elsewhere(DummyBackend):
     def validate_task(self, task):
         super().validate_task(task)
         if not isinstance(task, TaskOfElsewhere) or task.name == "without_context":
-            raise RefusedElsewhere(f"{task!r} is of no use here.")
+            raise InvalidTask(f"{task.name} is of no use here.")
 
     def enqueue(self, task, args, kwargs):
         use_orm()
@@ -4524,9 +4520,9 @@ def test_what_the_overflow_cannot_take(kind, no_server):
     with override_settings(TASKS={**TASKS, "narrow": narrow, "over": over}):
         with pytest.raises(InvalidTask) as refused:
             tasks_api.task_backends["narrow"].validate_task(NOT_TAKEN[kind]("default"))
-        with pytest.raises(type(refused.value)) as raised:
+        with pytest.raises(InvalidTask) as raised:
             NOT_TAKEN[kind]("over")
-    assert kind == "its own" or str(raised.value) == str(refused.value)
+    assert (raised.type, str(raised.value)) == (refused.type, str(refused.value))
 
 
 @each_way_without_server
@@ -4540,7 +4536,7 @@ def test_what_was_made_before(way, tasks):
         with pytest.raises(InvalidTask, match="run_after"):
             defer(add, {"args": [1]}, options={"run_after": HOUR})
     with override_settings(TASKS={**TASKS, "default": TASKS["over"]}):
-        with pytest.raises(RefusedElsewhere):
+        with pytest.raises(InvalidTask, match="of no use here"):
             WAYS[way](made, 1)
     assert since(before) == {"accepted": 1, "succeeded": 1}
 
@@ -5270,7 +5266,8 @@ SERVERS = {
 }
 WSGI = {"gunicorn-wsgi", "runserver"}
 NO_LIFESPAN = {*WSGI, "uvicorn-off", "granian-asginl", "daphne", "runserver-daphne"}
-BY_SIGINT = {"uvicorn-off", "runserver"}
+TERM, INT = signal.SIGTERM, signal.SIGINT
+ENDED_BY = {"uvicorn-off": INT, "runserver": INT}  # the others by SIGTERM
 
 SHOP = {
     "settings.py": """
@@ -5495,7 +5492,7 @@ def test_a_server_runs_each_waiting_job_before_it_ends(name, tmp_path):
     warning where the middleware has seen it (two servers want SIGINT: README says so).
     """
     with served(tmp_path, name) as site:
-        site.ends("run", signal.SIGINT if name in BY_SIGINT else signal.SIGTERM)
+        site.ends("run", ENDED_BY.get(name, TERM))
         assert ("No lifespan" in site.log) is (name in NO_LIFESPAN)
         assert ("may be lost" in site.log) is (name in NO_LIFESPAN - WSGI)
 
@@ -5505,11 +5502,10 @@ def test_a_hung_job_holds_a_server_for_the_grace_period(name, tmp_path):
     """Servers: hung jobs. The server is gone in time, having named what is lost."""
     with served(tmp_path, name, GRACE_PERIOD="1") as site:
         began = monotonic()
-        site.ends("reported", signal.SIGINT if name in BY_SIGINT else signal.SIGTERM)
+        site.ends("reported", ENDED_BY.get(name, TERM))
         assert monotonic() - began < 1 + 5, site.log
 
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
 ORDERLY = "uvicorn", "uvicorn-2", "hypercorn", "granian", "daphne", "runserver-daphne"
 CALM = "uvicorn", "uvicorn-uvloop", "hypercorn", "granian"
 GUNICORNS = "gunicorn", "gunicorn-asgi", "gunicorn-wsgi"
@@ -5546,9 +5542,9 @@ def test_a_second_sigint_while_requests_end(name, tmp_path):
     with served(tmp_path, name) as site:
         with site.request("/slow"):
             site.at_gate.append(site.gate.accept()[0])
-            site.process.send_signal(signal.SIGINT)
+            site.process.send_signal(INT)
             site.until(lambda: site.get("/version") is None)  # it does not listen
-            site.process.send_signal(signal.SIGINT)
+            site.process.send_signal(INT)
         # From Python 3.12 on, asyncio's loop waits until the client is gone.
         began = monotonic()
         site.ends("reported")
@@ -5559,12 +5555,12 @@ def test_a_second_sigint_while_requests_end(name, tmp_path):
 @pytest.mark.parametrize(
     "name, more, number",
     [
-        ("uvicorn-off", "", signal.SIGTERM),
-        ("uvicorn-off", "--workers 2", signal.SIGINT),
-        ("runserver", "", signal.SIGTERM),
-        ("runserver", "--reload", signal.SIGTERM),
-        ("runserver", "--reload", signal.SIGINT),
-        ("runserver-daphne", "--reload", signal.SIGINT),
+        ("uvicorn-off", "", TERM),
+        ("uvicorn-off", "--workers 2", INT),
+        ("runserver", "", TERM),
+        ("runserver", "--reload", TERM),
+        ("runserver", "--reload", INT),
+        ("runserver-daphne", "--reload", INT),
     ],
 )
 def test_a_signal_without_a_lifespan(name, more, number, tmp_path):
@@ -5995,9 +5991,9 @@ def under_fire(folder, name, more, draw, signals, **environ):
 def test_signals_at_any_time_leave_no_job_unaccounted_for(name, more, tmp_path):
     """Chaos: signals. Each job is finished, or counted in the log, and runs once."""
     print(f"{CHAOS_SEED=}")
-    draw, term, ctrl_c = random.Random(CHAOS_SEED), signal.SIGTERM, signal.SIGINT
+    draw = random.Random(CHAOS_SEED)
     # Not SIGINT after SIGTERM: uvicorn ends by the latter before its loop turns again.
-    ways = [term], [ctrl_c], [term, term], [ctrl_c, ctrl_c], [ctrl_c, term]
+    ways = [TERM], [INT], [TERM, TERM], [INT, INT], [INT, TERM]
     for n in range(CHAOS_ROUNDS):
         signals, grace = draw.choice(ways), draw.choice([{}, {"GRACE_PERIOD": "0.1"}])
         ran, log = under_fire(tmp_path, name, more, draw, signals, **grace)
@@ -6016,10 +6012,10 @@ def test_signals_at_any_time_leave_no_job_unaccounted_for(name, more, tmp_path):
 @of_two_servers
 def test_no_job_runs_twice_when_its_process_is_killed(name, more, tmp_path):
     """Chaos: kills. What waited is gone; what comes after a restart runs once."""
-    draw, kill, term = random.Random(CHAOS_SEED), [signal.SIGKILL], [signal.SIGTERM]
+    draw = random.Random(CHAOS_SEED)
     for n in range(CHAOS_ROUNDS):
-        under_fire(tmp_path, name, more, draw, kill)
-    ran, log = under_fire(tmp_path, name, more, draw, term)
+        under_fire(tmp_path, name, more, draw, [signal.SIGKILL])
+    ran, log = under_fire(tmp_path, name, more, draw, [TERM])
     assert ran == 1000, log
 
 
@@ -6035,10 +6031,10 @@ logging.disable(logging.ERROR)
 gc.disable()
 runs, ran, refused = bytearray(10**6), itertools.count(), itertools.count()
 
-def memory(key="VmHWM:"):
+def memory():
     "In MB, at most until now."
     status = open("/proc/self/status").read()
-    return int(status.partition(key)[2].split()[0]) / 2**10
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 def job(*args):
     next(ran)
@@ -6066,20 +6062,17 @@ def defer_all(calls):
                 assert join(300)
     assert join(300)
 
-async def serve(main):
-    async with serving():
-        await main()
-
 """
 
 
-def run_load(body, main="serve(main)", **named):
+def run_load(body, **named):
     """Run the body of a coroutine function, while a lifespan serves."""
     if not Path("/proc/self/status").exists():
         pytest.skip("does not apply: no /proc here")
     named = {f"DJANGO_SIMPLE_TASK_{name}": named[name] for name in named}
-    body = textwrap.indent(textwrap.dedent(body), "    ")
-    script = f"{LOAD}async def main():{body}\nasyncio.run({main})"
+    body = textwrap.indent(textwrap.dedent(body), " " * 8)
+    head = "async def main():\n    async with serving():"
+    script = f"{LOAD}{head}{body}\nasyncio.run(main())"
     result = run_script(script, dev=False, timeout=6 * HANG, **named)
     assert result.returncode == 0, result.stderr
 
@@ -6166,32 +6159,6 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     )
 
 
-@pytest.mark.alone
-@pytest.mark.long
-def test_thousands_of_lifespans_leave_nothing_behind():
-    """Load: lifespans. No thread, no file, no asyncio task, no memory."""
-    run_load(
-        """
-        gc.enable()
-        seen = []
-        for n in range(10_000):
-            if n in (100, 9_999):
-                gc.collect()
-                files = len(os.listdir("/proc/self/fd"))
-                tasks, threads = len(asyncio.all_tasks()), threading.active_count()
-                seen.append((files, tasks, threads, memory("VmRSS:")))
-            async with serving():
-                defer(job)
-                defer(ajob)
-        assert seen[0][:3] == seen[1][:3]
-        assert seen[1][3] - seen[0][3] <= 1
-        assert next(ran) == 20_000
-        """,
-        main="main()",
-        WORKERS=3,
-    )
-
-
 # Release 0.1.2
 #
 # Faults of the release that went before. A script knows no more than what both have.
@@ -6234,24 +6201,11 @@ os._exit(0)
 """
 ROWS = {
     "no lifespan": "defer(ledger.note); await ran(1)",
-    "a number": """
-        try:
-            defer(42)
-        except TypeError:
-            return
-        raise AssertionError("It takes a number.")
-    """,
     "a cancellation": """
         async def cancelled():
             raise asyncio.CancelledError
         await server.startup()
         defer(cancelled)
-        defer(ledger.note)
-        await ran(1)
-    """,
-    "after shutdown": """
-        await server.startup()
-        await server.shutdown()
         defer(ledger.note)
         await ran(1)
     """,
