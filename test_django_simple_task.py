@@ -4096,7 +4096,7 @@ async def act_async(context, *fates):
     fates=st.lists(st.sampled_from([*EXCEPTIONS, None]), min_size=3, max_size=3),
 )
 def test_each_attempt_of_a_task(one, fates, tasks):
-    """django.tasks: attempts and errors. Each sees its result; what it raises is kept."""
+    """django.tasks: attempts and errors. Each sees its result; errors are kept."""
     scene.ledger, before = Ledger(), stats()
     result = done(one.using(backend="retrying").enqueue(*fates))
     raised, retried = [EXCEPTIONS.get(fate) for fate in fates], 0
