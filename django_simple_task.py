@@ -66,6 +66,7 @@ import warnings
 import weakref
 from collections import defaultdict, deque
 from collections.abc import (
+    AsyncGenerator,
     Callable,
     Generator,
     Iterable,
@@ -296,7 +297,7 @@ def defer(
     if options is not None:
         checked, delay = _check_options(options, on_loop)
         on_loop = on_loop or checked["thread_sensitive"]  # asgiref is called there
-    _process.check_room()  # what is refused is not said to be deferred
+    _process.check_room()
     job = _Job(func, args, kwargs, on_loop, checked, _capture_context())
     if _logger().isEnabledFor(logging.DEBUG):
         _log(logging.DEBUG, job, "deferred")
@@ -449,6 +450,7 @@ def _start_thread(
 def _fulfil(
     future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
+    """Call a function, and have a future carry what becomes of that."""
     if future.running():  # it was called before, and interrupted
         future.set_exception(RuntimeError("The call was interrupted."))
     if future.done() or not future.set_running_or_notify_cancel():
@@ -477,6 +479,15 @@ _NO_OPTIONS = {name: field.default for name, field in _OPTIONS.items()}
 _LONGEST_BACKOFF = 3600.0
 # One for all jobs without: the dict is only read.
 _NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+
+class _Attempt(NamedTuple):
+    """What DJANGO_SIMPLE_TASK_AROUND_JOB is called with."""
+
+    name: str
+    id: str
+    attempt: int
+    is_async: bool
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -600,9 +611,8 @@ class _Job:
         make = _setting("AROUND_JOB")
         if make is None:
             return _NOTHING
-        record = SimpleNamespace(name=self.name, id=self.id, attempt=self.attempt)
-        record.is_async = self.on_loop and not self.options["thread_sensitive"]
-        return make(record)
+        is_async = self.on_loop and not self.options["thread_sensitive"]
+        return make(_Attempt(self.name, self.id, self.attempt, is_async))
 
     async def await_result(self) -> None:
         awaitable, self.awaitable = self.awaitable, None
@@ -629,7 +639,7 @@ class _Job:
         """Take what a call has returned; it may be but the promise of a result."""
         if inspect.isawaitable(value):
             self.awaitable = value
-        elif isinstance(value, Generator) or hasattr(type(value), "asend"):
+        elif isinstance(value, (Generator, AsyncGenerator)):
             raise TypeError(
                 f"{self.name} returned a {type(value).__name__}, whose body would "
                 "never run. Pass a function that consumes it."
@@ -755,7 +765,8 @@ def _describe(error: BaseException) -> str:
     try:
         return _cut(f"{type(error).__name__}: {error}")
     except BaseException as failure:  # of its own __str__
-        _let_through(failure)
+        if isinstance(failure, KeyboardInterrupt):
+            _let_through(failure)
         return _name(type(error))
 
 
@@ -966,8 +977,8 @@ _deadlock_context: ContextVar[Any] = getattr(
 _thread_executors: Any = getattr(
     SyncToAsync, "context_to_thread_executor", weakref.WeakKeyDictionary()
 )
-# From 3.12 on a Local keeps its values together with the thread that set them. Before,
-# it keeps them in a dict that all copies of a context share.
+# From asgiref 3.12 on a Local keeps its values together with the thread that set them.
+# Before, it keeps them in a dict that all copies of a context share.
 _Storage: Any = getattr(asgiref.local, "_Storage", None)
 
 
@@ -998,12 +1009,13 @@ def _enter(context: Context, *, again: bool = False) -> None:
     """In a job's context: have this thread see its Locals; first, leave the request."""
     thread = threading.get_ident()
     for variable, value in context.items():
-        if not again and variable in _NOT_INHERITED:
-            variable.set(_NOT_INHERITED[variable])
-        elif type(value) is _Storage and value.thread_id != thread:
-            variable.set(_Storage(thread, value.data))
+        wanted = value if again else _NOT_INHERITED.get(variable, value)
+        if type(wanted) is _Storage and wanted.thread_id != thread:
+            wanted = _Storage(thread, wanted.data)
         elif _Storage is None and variable.name == "asgiref.local":
-            variable.set(value.copy())
+            wanted = wanted.copy()
+        if wanted is not value:
+            variable.set(wanted)
     _inside_job.set(True)
 
 
@@ -1099,11 +1111,12 @@ def _reported(what: str) -> Iterator[None]:
 #
 # - One queue. What waits stays in it until a worker takes it; who serves is a list
 #   beside it. So nothing moves from place to place, and order needs no code.
-# - One lock. What threads share is changed under it, for as long as a few lines take;
-#   nothing is called under it that may block, or that is not ours. It can be entered
-#   again, as a signal handler or a `__del__` may defer in the middle. A loop with an
-#   `if` stands in a function that is called in its `with`: jumping back CPython leaves
-#   that for a moment, and if a signal handler raised then, the lock would stay taken.
+# - One lock. What threads share of jobs is changed under it, for as long as a few lines
+#   take; nothing that may block, or is not ours, is called under it, or let go of. It
+#   can be entered again, as a signal handler or a `__del__` may defer in the middle. A
+#   loop with an `if` stands in a function that is called in its `with`: jumping back
+#   CPython leaves that for a moment; if a signal handler raised then, the lock would
+#   stay taken.
 # - A job is in one account. It waits, or it is in flight, or it is settled: each change
 #   is one step under the lock, and what was accepted is the sum of all. Whoever sets
 #   its outcome first, its worker or a drain, has it told; it is in flight until then.
@@ -1235,11 +1248,14 @@ class _Process:
     def check_room(self, *, flows_over: bool = False) -> None:
         """Raise what keeps a job from being queued, before anything is told of it."""
         maxsize = _setting("QUEUE_MAXSIZE")
-        if not self.pools:
+        if not self.pools or _setting("IMMEDIATE"):
             _check_configuration()
         if 0 < maxsize <= self.queue.qsize() and not _setting("IMMEDIATE"):
             with self.lock:
                 self.rejected += not flows_over
+                served = self.someone_serves()
+            if not served:  # as a loop was closed without a word
+                self.start_background()
             raise QueueFull(
                 f"As many jobs wait as {_PREFIX}QUEUE_MAXSIZE allows: {maxsize}."
             )
@@ -1418,10 +1434,13 @@ class _Process:
         pool = _Pool(loop)
         pool.start_threads()
         with self.lock:
-            former, self.pools = self.pools[:1], (*self.pools, pool)
-            if former and isinstance(former[0], _Background):
-                former[0].withdraw()
-                former[0].leave()
+            self.pools = (*self.pools, pool)
+            first = self.pools[
+                0
+            ]  # only now: a `__del__` may have started one meanwhile
+            if isinstance(first, _Background):
+                first.withdraw()
+                first.leave()
         pool.begin()
         return pool
 
@@ -1445,7 +1464,7 @@ class _Process:
 
     def serve_what_is_left(self) -> None:
         """Have run what a signal handler deferred amid the last steps of a drain."""
-        if self.queue.pending() and not self.pools and not self.exiting:
+        if self.queue.qsize() and not self.pools and not self.exiting:
             self.start_background()
 
     def prepare(self) -> None:
@@ -1816,7 +1835,11 @@ class _Pool:
         with _process.lock:
             self.withdraw()
             loss.take_over([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
-        next(_in_spare_thread(functools.partial(loss.say, math.inf), 0), None)
+        say = functools.partial(loss.say, math.inf)
+        try:
+            _start_thread(say)
+        except RuntimeError:  # there are too many; not here, under the lock
+            self.workers[0].call_in_thread(say)
         self.end_workers()
 
     def ends_with_process(self) -> bool:
@@ -1918,15 +1941,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
                 loss.take_over(flying if late else [], waiting if given_up else ())
                 break
         if now >= report_at:
-            seen = [
-                (job.func, job, job.started)
-                for job in flying[:_MOST_NAMED]
-                if job.attempt
-            ]
-            say = functools.partial(
-                _say_what_a_drain_waits_for, pending, len(flying), seen
-            )
-            yield from _in_spare_thread(say, now)
+            yield from _say_what_a_drain_waits_for(pending, flying)
             report_at = now + _NEXT_REPORT
         yield min(pool.deadline, report_at)
     yield from loss.tell()
@@ -1943,17 +1958,26 @@ def _grace_period_over_at() -> float:
         return math.inf
 
 
-def _say_what_a_drain_waits_for(
-    pending: int, in_flight: int, seen: list[tuple[Any, _Job, float]]
-) -> None:
-    named = [
-        f"{_name(func)} (id {job.id}, {_seconds_since(started):.1f} s)"
-        for func, job, started in seen
-    ]
-    bound = f"{_PREFIX}SHUTDOWN_GRACE_PERIOD"
-    fields = {"pending": pending, "in_flight": in_flight, "jobs": ", ".join(named)}
-    limit = getattr(settings, bound, None)
-    _write(logging.WARNING, "draining", None, **fields, **{bound: limit})
+def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> _Waiting:
+    # As a job forgets its function when it has ended, now.
+    begun = [job for job in flying[:_MOST_NAMED] if job.attempt]
+    seen = [(job.func, job.id, job.started) for job in begun]
+
+    def say() -> None:
+        named = [
+            f"{_name(func)} (id {number}, {_seconds_since(started):.1f} s)"
+            for func, number, started in seen
+        ]
+        bound = f"{_PREFIX}SHUTDOWN_GRACE_PERIOD"
+        fields = {
+            "pending": pending,
+            "in_flight": len(flying),
+            "jobs": ", ".join(named),
+        }
+        limit = getattr(settings, bound, None)
+        _write(logging.WARNING, "draining", None, **fields, **{bound: limit})
+
+    return _in_spare_thread(say, monotonic())
 
 
 def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
@@ -1981,6 +2005,7 @@ class _Loss:
     """
 
     def __init__(self) -> None:
+        self.began = monotonic()
         self.in_flight: list[_Job] = []
         self.waiting: list[_Job] = []
         # What another backend would take, and what it has taken.
@@ -1990,6 +2015,7 @@ class _Loss:
         self.untold: deque[_Job] = deque()
 
     def take_over(self, in_flight: list[_Job], waiting: Iterable[_Job] = ()) -> None:
+        """Under the lock: give up jobs, or have them move where that may be."""
         for job in in_flight:
             self.lose(job)
         for job in waiting:
@@ -2001,6 +2027,7 @@ class _Loss:
         _process.notify()
 
     def lose(self, job: _Job) -> None:
+        """Under the lock: set that a job is lost, unless it has ended, and count it."""
         # What is in flight without an attempt, another drain hands over.
         flying = job.attempt > 0 and job in _process.in_flight
         if flying and job.task is not None:
@@ -2051,7 +2078,7 @@ class _Loss:
     def say(self, until: float) -> None:
         self.untold.extend(job for job in self.jobs() if job.observed)
         for job in self.in_flight:
-            seconds = _seconds_since(job.started)
+            seconds = round(self.began - job.started, 3)
             job.tell(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
         by_name: dict[str, list[_Job]] = {}
         for job in self.waiting:
@@ -2068,15 +2095,18 @@ class _Loss:
 
 def _drain_at_exit() -> None:
     """In the main thread, at the very end."""
+    over_at = _grace_period_over_at()
     while pools := [pool for pool in _process.pools if pool.ends_with_process()]:
         pool = pools[0]
-        pool.deadline = min(pool.deadline, _grace_period_over_at())
+        pool.deadline = min(pool.deadline, over_at)
         if not pool.loop.is_running() and not isinstance(pool, _Background):
             pool.deadline = monotonic()  # its loop has ended without a shutdown
         _drive_to_the_end(pool, _drain(pool, final=True))
         if isinstance(pool, _Background):
             pool.stop()
             pool.thread.join(_PATIENCE)
+            over_at = min(over_at, pool.deadline)  # also for what is still deferred
+            _process.exiting = monotonic() >= over_at
     _process.exiting = True
     loss = _Loss()
     with _process.lock:
@@ -2085,14 +2115,15 @@ def _drain_at_exit() -> None:
     _drive(loss.tell())
 
 
-def _drive_to_the_end(pool: _Pool, drain: _Waiting) -> None:
+def _drive_to_the_end(pool: _Pool, drain: Any) -> None:
     """Wait for a drain. Ctrl-C, or another interruption, ends the grace period."""
     while True:
         try:
             return _drive(drain)
         except BaseException:
             pool.deadline = monotonic()
-            drain = itertools.chain(drain, _drain(pool, final=True))
+            if drain.gi_frame is None:  # it was hit itself
+                drain = _drain(pool, final=True)
 
 
 # Lifespan middleware
@@ -2262,7 +2293,7 @@ class _InnerLifespan:
         deadline = max(deadline, monotonic() + _INNER_SHUTDOWN)
         failure = await self.ask("lifespan.shutdown", deadline)
         self.cancel()
-        await asyncio.wait({self.task}, timeout=_INNER_SHUTDOWN)
+        await asyncio.wait({self.task}, timeout=_PATIENCE)
         return failure
 
     def cancel(self) -> None:
@@ -2384,10 +2415,10 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         try:
             with _process.lock:
                 _process.results[job.id] = job
-            delay = _seconds_until(task.run_after)
+            _seconds_until(task.run_after)  # which refuses what is no time
             result = job.send(tasks.signals.task_enqueued)
             _log(logging.DEBUG, job, "deferred")
-            _process.put(job, delay)
+            _process.put(job, _seconds_until(task.run_after))
         except BaseException:
             with _process.lock:
                 if not job.attempt:  # else it was queued, and has even run
@@ -2397,20 +2428,38 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
 
     def get_result(self, result_id: str) -> Any:
         """Return a snapshot of a TaskResult, or raise TaskResultDoesNotExist."""
+        job = self.job(result_id)
+        if job is not None:
+            return job.snapshot()
+        return self.where_else().get_result(result_id)
+
+    async def aget_result(self, result_id: str) -> Any:
+        """See get_result()."""
+        job = self.job(result_id)
+        if job is not None:
+            return job.snapshot()
+        return await self.where_else().aget_result(result_id)
+
+    def job(self, result_id: str) -> _TaskJob | None:
         with _process.lock:
             job = _process.results.get(result_id)
-        if job is not None and job.backend.alias == self.alias:
-            return job.snapshot()
-        if self.overflow is not None:
-            return tasks.task_backends[self.overflow].get_result(result_id)
-        raise tasks.exceptions.TaskResultDoesNotExist(
-            "This process has no such TaskResult: SimpleTaskBackend keeps results in "
-            "the process that took the Task, of the finished ones the latest "
-            "MAX_RESULTS."
-        )
+        return job if job is not None and job.backend.alias == self.alias else None
 
-    def check(self, **kwargs: Any) -> Iterator[checks.CheckMessage]:
+    def where_else(self) -> Any:
+        """Return the backend to ask for a result that is not here, or raise."""
+        if self.overflow is None:
+            raise tasks.exceptions.TaskResultDoesNotExist(
+                "This process has no such TaskResult: SimpleTaskBackend keeps results "
+                "in the process that took the Task, of the finished ones the latest "
+                "MAX_RESULTS."
+            )
+        return tasks.task_backends[self.overflow]
+
+    def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
         """Check OPTIONS, for `manage.py check`."""
+        return [*self.faults()]
+
+    def faults(self) -> Iterator[checks.CheckMessage]:
         where = f'TASKS["{self.alias}"]["OPTIONS"]'
         may = f"It may have {', '.join(_BACKEND_OPTIONS)}."
         if not isinstance(self.options, dict):
@@ -2442,7 +2491,7 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
 
     @functools.cached_property
     def checked_options(self) -> dict[str, Any]:
-        for fault in self.check():
+        for fault in self.faults():
             raise ImproperlyConfigured(fault.msg)
         return {
             name: field.clean(self.options.get(name, field.default))
@@ -2513,13 +2562,12 @@ class _TaskJob(_Job):
     def snapshot(self) -> Any:
         """Return a TaskResult that shares nothing that changes, with us or another."""
         # Not by the constructor, which takes no return value and six times as long.
-        result = object.__new__(_DraftOfTaskResult)
+        result = object.__new__(_TaskResult)
         with _process.lock:
-            for name, value in self.fields.items():
-                if type(value) is list or type(value) is dict:
-                    value = _copied(value)
-                setattr(result, name, value)
-        result.__class__ = _TaskResult  # which is frozen
+            values: dict[str, Any] = result.__dict__
+            values.update(self.fields)
+            for name in "args", "kwargs", "errors", "worker_ids", "_return_value":
+                values[name] = _copied(values[name])
         return result
 
     def change(self, **changes: Any) -> None:
@@ -2605,34 +2653,36 @@ class _TaskJob(_Job):
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
 
-def _copied(value: Any) -> Any:
-    """Return a copy of what is made of lists and dicts."""
+# Python's stack bears a thousand calls, of which the readers of a result need some.
+_DEEPEST = 201
+
+
+def _copied(value: Any, room: int = _DEEPEST) -> Any:
+    """Return a copy of what is made of lists and dicts, so deep at most."""
+    if room < 0:
+        raise RecursionError
     if type(value) is list:
-        return [_copied(each) for each in value]
+        return [_copied(each, room - 1) for each in value]
     if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: _copied(each, room - 1) for key, each in value.items()}
     return value
 
 
 def _copy_json(value: Any) -> Any:
     """Return a copy of what JSON can hold, or raise TypeError or ValueError."""
     try:
-        return tasks.base.normalize_json(value)
+        return _copied(tasks.base.normalize_json(value))
     except RecursionError:
         raise ValueError("The value is nested too deep, or in a circle.") from None
-
-
-class _DraftOfTaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
-    """A TaskResult that is being made: its fields are set as those of any object."""
-
-    __slots__ = ()
-    __setattr__, __delattr__ = object.__setattr__, object.__delattr__
 
 
 class _TaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
     """A TaskResult that shows no arguments and no values where it is printed."""
 
-    __slots__ = ()
+    # Its values are in its dict, not in Django's slots: there they are set in one step.
+    task: Any = None
+    id = status = enqueued_at = started_at = finished_at = last_attempted_at = None
+    args = kwargs = backend = errors = worker_ids = _return_value = None
 
     def __repr__(self) -> str:
         return f"<TaskResult {self.id} of {_name(self.task.func)}: {self.status}>"

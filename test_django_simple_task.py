@@ -67,6 +67,7 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connections, transaction
+from django.dispatch import Signal
 from django.test import override_settings
 from django.utils import timezone, translation
 from django.utils.asyncio import async_unsafe
@@ -896,6 +897,7 @@ def test_a_generator_that_is_returned_is_a_fault(said, make, how):
     """Deferring: awaitable results. A generator's body would never run: TypeError."""
     defer_somehow(how, lambda: make())
     defer_somehow(how, lambda: iter([]))
+    defer_somehow(how, lambda: Signal())  # it may have a method `asend`
     (error,) = said.at("ERROR")
     assert error.exc_info[0] is TypeError
     assert "would never run" in str(error.exc_info[1])
@@ -1004,6 +1006,7 @@ def test_a_bad_option_is_refused(name, expected, values):
 # returned. Finalizers run there, too, and there the stack ends, and memory.
 STEPS = """
 import contextlib, itertools
+import django_simple_task
 from conftest import Interrupt, Raising, at_each_step, is_a_step, serving
 
 def check(*what):
@@ -1090,6 +1093,39 @@ def test_a_job_may_be_deferred_in_the_midst_of_anything():
         STEPS,
         timeout=2 * HANG,
         **NO_HANG,
+    )
+
+
+def test_a_job_may_be_scheduled_in_the_midst_of_an_end():
+    """Deferring: interruptions. For sooner than what a drain gives up just then, too."""
+    run_to_its_end(
+        """
+        places = set()
+
+        def schedule():
+            delay = datetime.timedelta(hours=1000 - len(places))
+            defer(print, options={"run_after": delay})
+
+        def hook(frame, event, arg):
+            place = frame.f_code, frame.f_lineno, event
+            if is_a_step(frame, event, arg) and place not in places:
+                places.add(place)
+                schedule()
+
+        async def main():
+            async with serving() as server:
+                schedule()
+                sys.setprofile(hook)
+                await server.shutdown()
+                sys.setprofile(None)
+
+        asyncio.run(main())
+        counts = stats()
+        assert counts["accepted"] == len(places) + 1 > 20, (counts, len(places))
+        assert counts["lost"] > 10 and not counts["pending"], counts
+        assert bool(counts["scheduled"]) == bool(counts["workers"]), counts
+        """,
+        "import datetime\n" + STEPS,
     )
 
 
@@ -2071,6 +2107,19 @@ ERRORS = [ValueError, StopIteration, StopAsyncIteration, TimeoutError]
 ERRORS += [recur, lambda: bytearray(sys.maxsize), partial(Untellable, ValueError)]
 FATAL = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
 FATAL += [OwnBaseException, lambda: BaseExceptionGroup("", [SystemExit(), OSError()])]
+
+
+@pytest.mark.parametrize("fault", [SystemExit, GeneratorExit, KeyboardInterrupt])
+def test_an_error_that_cannot_be_told_does_not_get_out(fault, immediate):
+    """Testing: IMMEDIATE. Nor does what its text raises, but for Ctrl-C at that time."""
+    before, ctrl_c = stats(), fault is KeyboardInterrupt
+    with pytest.raises(fault) if ctrl_c else contextlib.nullcontext():
+        defer(lambda: raises(Untellable(fault)), options={**TWICE, "backoff": 0})
+    assert since(before) == {
+        "accepted": 1,
+        "failed": 1,
+        **({} if ctrl_c else {"retried": 1}),
+    }
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
@@ -3223,6 +3272,8 @@ if AWAITS:
 fill()
 if CLOSES:
     loop.close()
+    if AWAITS == "after another defer":
+        fill()
     closed.set()
     while AWAITS and not stats()["lost"]:
         time.sleep(0.01)
@@ -3232,18 +3283,102 @@ if CLOSES:
 
 
 @pytest.mark.parametrize(
-    ("closes", "awaits"), [(False, False), (True, False), (True, True)]
+    ("closes", "awaits"),
+    [(False, None), (True, None), (True, "at once"), (True, "after another defer")],
 )
 def test_jobs_of_a_server_that_died_run_or_are_reported(closes, awaits):
     """Without a lifespan: exit. A loop that ends without a shutdown mislays nothing."""
-    given = f"CLOSES, AWAITS = {closes}, {awaits}\n"
+    given = f"CLOSES, AWAITS = {closes}, {awaits!r}\n"
     script = run_script(given + DYING)
     assert script.returncode == 0, script.stderr
     lost = sum(map(int, re.findall(r"lost=(\d+)", script.stderr)))
     ran = script.stdout.count("ran")
-    assert (ran, lost) == (10, 0) if closes else ran + lost == 5, script
-    assert ("lost in flight job=__main__.job" in script.stderr) is awaits
+    fills = 1 + closes + (awaits == "after another defer")
+    assert ran + lost == 5 * fills and not (closes and lost), script
+    assert ("lost in flight job=__main__.job" in script.stderr) is bool(awaits)
     assert "never awaited" not in script.stderr
+
+
+def test_a_loss_is_told_where_no_thread_can_be_started():
+    """Without a lifespan: exit. The thread that is there tells what its loop has lost."""
+    script = run_script(
+        """
+        from conftest import Server, plain_app, raises
+
+        async def hang():
+            began.set()
+            await asyncio.Event().wait()
+
+        async def start():
+            await Server(django_simple_task_middleware(plain_app)).startup()
+            defer(hang)
+            while not began.is_set():
+                await asyncio.sleep(0)
+
+        began, loop = threading.Event(), asyncio.new_event_loop()
+        loop.run_until_complete(start())
+        loop.close()
+        workers = [each for each in threading.enumerate() if each.daemon]
+        start, threading.Thread.start = threading.Thread.start, lambda _: raises(full)
+        full = RuntimeError("can't start new thread")
+        try:
+            defer(print)
+        except RuntimeError as error:
+            assert error is full
+        threading.Thread.start = start
+        for worker in workers:
+            worker.join(10)
+        """
+    )
+    assert script.returncode == 0, script.stderr
+    assert "lost in flight job=__main__.hang" in script.stderr
+
+
+def test_the_exit_ends_though_jobs_are_deferred_for_ever():
+    """Without a lifespan: exit. One grace period is for all that still comes."""
+    script = run_script(
+        """
+        def defer_for_ever():
+            with contextlib.suppress(RuntimeError):
+                while True:
+                    defer(first.wait)
+                    defer(threading.Event().wait)
+                    time.sleep(0.02)
+
+        import contextlib
+        first = threading.Barrier(2)
+        threading.Thread(target=defer_for_ever, daemon=True).start()
+        first.wait(10)
+        """,
+        timeout=HANG / 2,
+        DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=0.2,
+    )
+    assert script.returncode == 0, script.stderr
+    assert "lost in flight job=threading.Event.wait" in script.stderr
+
+
+def test_a_full_queue_whose_server_died_is_served():
+    """Without a lifespan: exit. What it refuses has it looked who serves."""
+    script = run_script(
+        """
+        from datetime import timedelta
+        from conftest import Server, plain_app
+
+        async def start():
+            await Server(django_simple_task_middleware(plain_app)).startup()
+
+        loop, ran = asyncio.new_event_loop(), threading.Event()
+        loop.run_until_complete(start())
+        defer(ran.set, options={"run_after": timedelta(seconds=0.1)})
+        loop.close()
+        try:
+            defer(print)
+        except QueueFull:
+            assert ran.wait(10), stats()
+        """,
+        DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=1,
+    )
+    assert script.returncode == 0, script.stderr
 
 
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.4, "lost")])
@@ -3373,7 +3508,7 @@ async def test_the_middleware_stacked_twice_answers_when_all_is_reported(hung):
     assert answers == [(STARTED["type"], 0), (ENDED["type"], 0)]
 
 
-@pytest.mark.parametrize("stopped", ["stacked", "the first", "the latest"])
+@pytest.mark.parametrize("stopped", ["stacked", "the first", "the latest", "by force"])
 async def test_lifespans_on_one_loop_share_the_workers(stopped, ledger):
     """Several lifespans: same loop. No more than WORKERS jobs are in flight there."""
     lock = threading.Lock()
@@ -3393,7 +3528,11 @@ async def test_lifespans_on_one_loop_share_the_workers(stopped, ledger):
             defer(job, {"args": [n]})
             if n == 9 and stopped != "stacked":
                 server = servers[0 if stopped == "the first" else 1]
-                assert await server.shutdown() == ENDED
+                if stopped == "by force":
+                    server.task.cancel()
+                    await asyncio.wait({server.task})
+                else:
+                    assert await server.shutdown() == ENDED
     assert ledger.runs == list(range(20))
     assert stats()["workers"] == 0
 
@@ -3930,6 +4069,12 @@ def test_a_result_is_found_from_anywhere_in_the_process(tasks):
 
     assert in_a_thread(add.get_result, result.id).return_value == 2
     assert run_there(afind(add, result.id)).return_value == 2
+    both = threading.Barrier(2, timeout=HANG)
+    for _ in range(2):
+        defer(both.wait, options={"thread_sensitive": True})  # asgiref has others wait
+    found = asyncio.run(asyncio.wait_for(afind(add, result.id), HANG / 4))
+    assert found.return_value == 2
+    both.wait(), both.wait()
     missing = task_errors.TaskResultDoesNotExist
     for one, id, error, message in (
         (add, "unknown", missing, "process that took the Task"),
@@ -4049,10 +4194,12 @@ CIRCLE, DEEP = [], []
 CIRCLE.append(CIRCLE)
 for _ in range(100_000):
     DEEP = [DEEP]
+DEEPER = json.loads("[" * 300 + "]" * 300)  # than all could read that may ask for it
 ROUND = collections.UserList()
 ROUND.append(ROUND)
 NO_JSON = {"object": object(), "set": {1}, "bytes": b"\xff"}
 NO_JSON |= {"circle": CIRCLE, "depth": DEEP, "circular sequence": ROUND}
+NO_JSON |= {"300 levels": DEEPER}
 
 
 @task
@@ -5868,6 +6015,8 @@ def draw_a_job(draw, number, runs):
     """Return what defers a job, how its attempts end, and whether it may be lost."""
     kind, delay = draw.choice([*EACH_KIND, "endless"]), draw.choice(DELAYS)
     ends = [[None], [SystemExit], [ValueError, None], [ValueError] * 2]
+    if kind == "orm":  # asyncio complains of what nobody hears, as the job is lost
+        ends = [[None]]
     ends = [TimeoutError] * 2 if kind == "endless" else draw.choice(ends)
     options = {"max_attempts": 2, "backoff": draw.choice([0, 0.001])}
     options |= {"priority": draw.randint(-1, 1), "run_after": timedelta(seconds=delay)}
