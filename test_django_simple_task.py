@@ -69,6 +69,7 @@ from django.core.handlers.asgi import ASGIHandler
 from django.db import connections, transaction
 from django.dispatch import Signal
 from django.test import override_settings
+from django.urls import get_urlconf, set_urlconf
 from django.utils import timezone, translation
 from django.utils.asyncio import async_unsafe
 from hypothesis import stateful
@@ -1514,8 +1515,9 @@ def test_the_module_needs_django_and_asgiref_only():
 
 
 @pytest.mark.parametrize("immediately", [False, True])
-def test_without_the_app_nothing_starts(monkeypatch, immediately):
+def test_without_the_app_nothing_starts(monkeypatch, caplog, immediately):
     """Compatibility: no app installed. `defer` and startup name the line to add."""
+    caplog.set_level("DEBUG", "django_simple_task")
 
     def refuse(words):
         with pytest.raises(ImproperlyConfigured, match=words):
@@ -1537,6 +1539,7 @@ def test_without_the_app_nothing_starts(monkeypatch, immediately):
             monkeypatch.setattr(apps, "apps_ready", False)
             refuse(r"after django\.setup\(\)")
             monkeypatch.undo()
+    assert "deferred" not in caplog.text
 
 
 # Where jobs run
@@ -4327,7 +4330,7 @@ def test_each_signal_is_sent_once(is_async, immediately, way, one, tasks):
 
 @task
 def read_context():
-    return [customer.get(), translation.get_language()]
+    return [customer.get(), translation.get_language(), get_urlconf()]
 
 
 @each_way_without_server
@@ -4339,6 +4342,7 @@ def test_receivers_in_the_context_of_the_task(way, tasks):
         seen.append(customer.get())
         if signal is task_signals.task_started:
             customer.set("a receiver's")
+            set_urlconf("a receiver's")
 
     def enqueue():
         customer.set("the caller's")
@@ -4347,9 +4351,10 @@ def test_receivers_in_the_context_of_the_task(way, tasks):
 
     with hearing(*SIGNALS, receiver=receiver):
         results = [done(in_a_thread(enqueue)) for _ in range(2)]
-    assert [each.return_value for each in results] == [["a receiver's", "de"]] * 2
+    given = ["a receiver's", "de", "a receiver's"]
+    assert [each.return_value for each in results] == [given] * 2
     assert seen == ["the caller's", "the caller's", "a receiver's"] * 2
-    assert done(WAYS[way](read_context)).return_value == ["nobody's", "en"]
+    assert done(WAYS[way](read_context)).return_value == ["nobody's", "en", None]
 
 
 def raise_oserror():
