@@ -1993,7 +1993,8 @@ def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
     try:
         _start_thread(call)
     except RuntimeError:  # the interpreter is shutting down
-        call()
+        function()  # of which Ctrl-C gets out
+        return
     while not done.is_set() and monotonic() < until:
         yield until
 
