@@ -471,7 +471,9 @@ def _fulfil(
 _OPTIONS = {
     "thread_sensitive": _Field(False, "True or False", bool),
     "priority": _Field(0, "a whole number from -100 to 100", int, -100, 100),
-    "timeout": _Field(None, "seconds above 0, a timedelta or None", float, 5e-324),
+    "timeout": _Field(
+        None, "seconds above 0, a timedelta or None", float, math.ulp(0.0)
+    ),
     "max_attempts": _Field(1, "a whole number from 1 to 100", int, 1, 100),
     "backoff": _Field(1.0, "seconds from 0, or a timedelta", float),
 }
@@ -695,8 +697,7 @@ class _Job:
 
     def tell(self, function: Any, *args: Any, **fields: Any) -> None:
         """Speak in a copy of the job's context: what it left may have entered that."""
-        context = (self.scope if self.attempt else self.context).copy()
-        context.run(_enter, context)
+        context = _entered(self.scope if self.attempt else self.context)
         self.tell_within(context, functools.partial(function, *args, **fields))
 
     def tell_within(self, context: Context, tell: Callable[[], Any]) -> None:
@@ -816,7 +817,8 @@ _KINDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATO
 
 
 def _why_not_callable(func: Any) -> str:
-    if inspect.iscoroutine(func) and inspect.getcoroutinestate(func) == "CORO_CREATED":
+    new = inspect.CORO_CREATED
+    if inspect.iscoroutine(func) and inspect.getcoroutinestate(func) == new:
         func.close()  # or Python would warn that it was never awaited
     cure = ", not the coroutine that it returns" if inspect.isawaitable(func) else ""
     kind = type(func).__name__
@@ -1019,13 +1021,14 @@ def _enter(context: Context, *, again: bool = False) -> None:
     _inside_job.set(True)
 
 
-def _copy_context_and_locals() -> Context:
-    context = copy_context()
+def _entered(context: Context) -> Context:
+    """Return a copy of a job's context that was entered."""
+    context = context.copy()
     context.run(_enter, context)
     return context
 
 
-_capture_context = copy_context if _Storage else _copy_context_and_locals
+_capture_context = copy_context if _Storage else lambda: _entered(copy_context())
 
 
 # Telling
@@ -1247,10 +1250,10 @@ class _Process:
 
     def check_room(self, *, flows_over: bool = False) -> None:
         """Raise what keeps a job from being queued, before anything is told of it."""
-        maxsize = _setting("QUEUE_MAXSIZE")
-        if not self.pools or _setting("IMMEDIATE"):
+        maxsize, immediate = _setting("QUEUE_MAXSIZE"), _setting("IMMEDIATE")
+        if immediate or not self.pools:
             _check_configuration()
-        if 0 < maxsize <= self.queue.qsize() and not _setting("IMMEDIATE"):
+        if not immediate and 0 < maxsize <= self.queue.qsize():
             with self.lock:
                 self.rejected += not flows_over
                 served = self.someone_serves()
@@ -1435,9 +1438,8 @@ class _Process:
         pool.start_threads()
         with self.lock:
             self.pools = (*self.pools, pool)
-            first = self.pools[
-                0
-            ]  # only now: a `__del__` may have started one meanwhile
+            # Only now: a `__del__` may have started one meanwhile.
+            first = self.pools[0]
             if isinstance(first, _Background):
                 first.withdraw()
                 first.leave()
@@ -1959,7 +1961,7 @@ def _grace_period_over_at() -> float:
 
 
 def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> _Waiting:
-    # As a job forgets its function when it has ended, now.
+    # Not later: a job forgets its function when it has ended.
     begun = [job for job in flying[:_MOST_NAMED] if job.attempt]
     seen = [(job.func, job.id, job.started) for job in begun]
 
@@ -1973,9 +1975,9 @@ def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> _Waiting:
             "pending": pending,
             "in_flight": len(flying),
             "jobs": ", ".join(named),
+            bound: getattr(settings, bound, None),
         }
-        limit = getattr(settings, bound, None)
-        _write(logging.WARNING, "draining", None, **fields, **{bound: limit})
+        _write(logging.WARNING, "draining", None, **fields)
 
     return _in_spare_thread(say, monotonic())
 
@@ -2137,7 +2139,11 @@ def django_simple_task_middleware(app: Any, *, asgi_version: int = 3) -> Any:
     On `lifespan.startup` workers start on the server's event loop; they drain on
     `lifespan.shutdown`. An `app` that speaks the lifespan protocol is told of the
     startup before the workers start, and of the shutdown after they have drained.
-    Return an ASGI 3 application, with `asgi_version=2` an ASGI 2 one.
+
+    Return an ASGI 3 application, with `asgi_version=2` an ASGI 2 one. Raise ValueError
+    for other versions, and TypeError if `app` is not callable.
+
+    https://asgi.readthedocs.io/en/latest/specs/lifespan.html
     """
     if asgi_version not in (2, 3):
         raise ValueError(f"asgi_version must be 2 or 3, not {asgi_version!r}.")
@@ -2294,6 +2300,7 @@ class _InnerLifespan:
         deadline = max(deadline, monotonic() + _INNER_SHUTDOWN)
         failure = await self.ask("lifespan.shutdown", deadline)
         self.cancel()
+        # It may be this middleware once more, and have jobs still to report.
         await asyncio.wait({self.task}, timeout=_PATIENCE)
         return failure
 
@@ -2648,8 +2655,7 @@ class _TaskJob(_Job):
     def hand_over(self) -> str:
         """Have the other backend take it; return a sentence that tells where it is."""
         task = self.backend.made_for_overflow(self.fields["task"])
-        context = self.context.copy()
-        context.run(_enter, context)
+        context = _entered(self.context)
         result = context.run(task.enqueue, *self.args, **self.kwargs)
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
