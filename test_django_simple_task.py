@@ -15,7 +15,6 @@ import datetime
 import enum
 import functools
 import gc
-import http.client
 import importlib
 import importlib.util
 import inspect
@@ -33,7 +32,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -46,7 +44,6 @@ from functools import partial
 from html import unescape
 from pathlib import Path
 from time import monotonic, sleep
-from typing import NamedTuple
 from unittest import mock
 
 import asgiref
@@ -80,14 +77,29 @@ import django_simple_task
 from conftest import (
     AMID_THE_DRAIN,
     CALLERS,
+    DEMO,
     EACH_KIND,
     ENDED,
     HANG,
+    HAS_FAILED,
+    IS_DONE,
+    IS_READY,
+    IS_RUNNING,
     NOTHING_SET,
     PLACES,
+    SERVERS,
+    SIGNALS,
     STARTED,
+    TASKS,
+    TASKS_NAME,
+    WAYS,
+    Elsewhere,
+    InvalidTask,
     Ledger,
+    Lifespan,
     Server,
+    Task,
+    TaskOfElsewhere,
     afail,
     app_with_a_lifespan,
     assert_closed,
@@ -97,28 +109,46 @@ from conftest import (
     customer,
     defer_as,
     do_nothing,
+    done,
     each_line,
     event_of,
     fail,
     heard,
+    hearing,
     in_a_thread,
     in_flight,
     lines_at,
+    loop_in_a_thread,
     mortal,
     off_the_loop,
     plain_app,
     raises,
+    redis_server,
     run_in_project,
+    run_load,
     run_script,
     run_served,
+    run_there,
     run_to_its_end,
+    running_demo,
+    scene,
     seen,
+    served,
     serving,
     serving_in_a_thread,
     set_all,
     set_callers,
+    simple_tasks,
     since,
+    started,
+    stumbling,
+    task,
+    task_errors,
+    task_signals,
+    tasks_api,
     tasks_package,
+    tasks_served,
+    use_orm,
 )
 from django_simple_task import (
     JobLost,
@@ -2160,7 +2190,7 @@ def test_no_exception_of_a_job_stops_anything(ledger, lines, fault, kind):
 @pytest.mark.parametrize("error", [OSError(28, "full"), SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["handlers", "filters"])
 def test_a_line_that_is_refused_goes_to_stderr(
-    ledger, capsys, monkeypatch, place, error, stderr
+    background, ledger, capsys, monkeypatch, place, error, stderr
 ):
     """Failures: handlers. And if it cannot be written there, all goes on as well."""
     logger, handler = logging.getLogger("django_simple_task"), logging.Handler()
@@ -2267,8 +2297,8 @@ async def test_a_job_may_cancel_all_tasks_of_the_loop(ledger, said, whose):
         await asyncio.Event().wait()
 
     async def cancel_all():
-        for task in asyncio.all_tasks() - spared:
-            task.cancel()
+        for one in asyncio.all_tasks() - spared:
+            one.cancel()
         if whose == "own":
             await asyncio.Event().wait()
 
@@ -2336,7 +2366,7 @@ FIELDS = "job id attempt seconds max_attempts delay reason error lost ids".split
 
 @pytest.mark.parametrize("immediately", [False, True])
 @pytest.mark.parametrize("theirs", [[], FIELDS])
-def test_the_lines_of_a_job_tell_its_life(lines, theirs, immediately):
+def test_the_lines_of_a_job_tell_its_life(background, lines, theirs, immediately):
     """Logging: lines, fields and ids. Ours win over those of a record factory."""
     make = logging.getLogRecordFactory()
 
@@ -3783,130 +3813,7 @@ def test_every_kind_of_loop_serves(kind, said):
 
 # django.tasks
 
-for TASKS_NAME in ("django.tasks", "django_tasks"):
-    with contextlib.suppress(ImportError):
-        tasks_api = importlib.import_module(TASKS_NAME)
-        importlib.import_module(f"{TASKS_NAME}.checks")
-        task_errors = importlib.import_module(f"{TASKS_NAME}.exceptions")
-        task_signals = importlib.import_module(f"{TASKS_NAME}.signals")
-        dummy = importlib.import_module(f"{TASKS_NAME}.backends.dummy")
-        DummyBackend = dummy.DummyBackend
-        task, Task = tasks_api.task, tasks_api.base.Task
-        names = vars(task_errors)
-        InvalidTask = names.get("InvalidTask") or names["InvalidTaskError"]
-        break
-else:  # Django 5.2 without the backport: what needs Tasks is skipped
-    TASKS_NAME, Task, DummyBackend, InvalidTask = None, object, object, Exception
 
-    def task(function=None, **kwargs):
-        return function or task
-
-
-def simple_tasks(**options):
-    backend = "django_simple_task.SimpleTaskBackend"
-    return {"BACKEND": backend, "QUEUES": ["default", "low"], "OPTIONS": options}
-
-
-TASKS = {
-    "default": simple_tasks(),
-    "other": {**simple_tasks(), "QUEUES": ["default"]},
-    "few": simple_tasks(MAX_RESULTS=2),
-    "none": simple_tasks(MAX_RESULTS=0),
-    "hasty": simple_tasks(TIMEOUT=0.05),
-    "retrying": simple_tasks(MAX_ATTEMPTS=3, BACKOFF=0),
-    "patient": simple_tasks(MAX_ATTEMPTS=2, BACKOFF=timedelta(minutes=10)),
-    "over": simple_tasks(OVERFLOW_BACKEND="elsewhere", MAX_ATTEMPTS=2, BACKOFF=600),
-    "elsewhere": {"BACKEND": f"{__name__}.Elsewhere", "QUEUES": ["default", "low"]},
-}
-IS_READY, IS_RUNNING, IS_DONE, HAS_FAILED = "READY", "RUNNING", "SUCCESSFUL", "FAILED"
-SIGNALS = ["task_enqueued", "task_started", "task_finished"]
-
-# What Tasks, whose arguments are JSON, share with the test that enqueues them.
-scene = types.SimpleNamespace()
-
-
-def set_the_scene():
-    scene.ledger = Ledger()
-    scene.started, scene.release = threading.Event(), threading.Event()
-    scene.taken, scene.made_there = [], []
-    scene.as_it_takes = lambda: None
-
-
-@pytest.fixture
-def no_server():
-    """Set TASKS, and the scene for one test; skip it where there are no Tasks."""
-    tasks_package()
-    set_the_scene()
-    with override_settings(TASKS=TASKS):
-        yield
-    scene.release.set()
-
-
-@contextlib.contextmanager
-def tasks_served(**ours):
-    """Serve in another thread, with settings of ours; drain."""
-    with configured(**ours), serving_in_a_thread() as (scene.loop, shut_down):
-        try:
-            yield
-        finally:
-            assert shut_down() == ENDED
-
-
-@pytest.fixture
-def tasks(no_server):
-    """Serve with one worker, for one test."""
-    with tasks_served():
-        yield
-        scene.release.set()
-
-
-@async_unsafe
-def use_orm():
-    """Do what Django, as of the ORM, allows in no thread in which a loop runs."""
-
-
-@contextlib.contextmanager
-def hearing(*names, receiver=None):
-    """Connect a receiver to signals of Tasks, or one that collects what they tell."""
-    told = []
-
-    def collect(sender, signal, task_result, **kwargs):
-        assert sender is SimpleTaskBackend
-        if signal is not task_signals.task_enqueued:
-            use_orm()
-        told.append(task_result)
-
-    for name in names:
-        getattr(task_signals, name).connect(receiver or collect, weak=False)
-    try:
-        yield told
-    finally:
-        for name in names:
-            getattr(task_signals, name).disconnect(receiver or collect)
-
-
-def done(result):
-    """Wait until all is done; return the result as it is then."""
-    assert join(HANG)
-    result.refresh()
-    return result
-
-
-def run_there(coroutine):
-    return asyncio.run_coroutine_threadsafe(coroutine, scene.loop).result(HANG)
-
-
-async def enqueue_on_loop(one, *args):
-    return one.enqueue(*args)
-
-
-WAYS = {
-    "thread": lambda one, *args: one.enqueue(*args),
-    "loop": lambda one, *args: asyncio.run(enqueue_on_loop(one, *args)),
-    "aenqueue": lambda one, *args: asyncio.run(one.aenqueue(*args)),
-    "serving loop": lambda one, *args: run_there(enqueue_on_loop(one, *args)),
-    "aenqueue there": lambda one, *args: run_there(one.aenqueue(*args)),
-}
 each_way = pytest.mark.parametrize("way", WAYS)
 each_way_without_server = pytest.mark.parametrize("way", list(WAYS)[:3])
 
@@ -4618,37 +4525,6 @@ def test_what_is_lost_while_its_error_is_told_stays_lost(no_server):
 # Overflow
 
 
-class TaskOfElsewhere(Task):
-    """The kind of Task that Elsewhere knows, from when it is made."""
-
-    __slots__ = ()
-
-    def __post_init__(self):
-        super().__post_init__()
-        scene.made_there.append(self)
-
-
-class Elsewhere(DummyBackend):
-    """Stand in for a durable engine: it takes a Task, and a test says what happens."""
-
-    task_class = TaskOfElsewhere
-    supports_get_result = True
-
-    def __init__(self, alias, params):
-        super().__init__(alias, params)
-        self.results = scene.taken
-
-    def validate_task(self, task):
-        super().validate_task(task)
-        if not isinstance(task, TaskOfElsewhere) or task.name == "without_context":
-            raise InvalidTask(f"{task.name} is of no use here.")
-
-    def enqueue(self, task, args, kwargs):
-        use_orm()
-        scene.as_it_takes()
-        return super().enqueue(task, args, kwargs)
-
-
 class Narrow(Elsewhere):
     """An engine that takes little."""
 
@@ -4902,20 +4778,6 @@ ENGINES = {
 }
 
 
-@contextlib.contextmanager
-def redis_server(folder):
-    if not shutil.which("redis-server"):
-        pytest.skip("needs Debian's redis-server")
-    command = ["redis-server", "--port", "0", "--unixsocket", f"{folder}/redis"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as server:
-        try:
-            while b"accept connections at" not in server.stdout.readline():
-                assert server.poll() is None
-            yield
-        finally:
-            server.terminate()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ENGINES)
 def test_real_engines(backend, no_server, tmp_path):
@@ -4977,138 +4839,6 @@ def test_real_engines(backend, no_server, tmp_path):
 #
 # Scripts, each with a database of its own: a file of SQLite, or one on a PostgreSQL
 # which the tests start for themselves, and which is asked for its open sessions.
-
-DATABASE = """
-from functools import partial
-from asgiref.sync import sync_to_async
-from conftest import HANG, Ledger, serving
-from django.db import connection, transaction
-from django.db.backends.signals import connection_created
-
-made = []  # connections, in the order in which they were opened
-note_made = lambda connection, **kwargs: made.append(connection)
-connection_created.connect(note_made)
-
-def query(statement="SELECT 1"):
-    with connection.cursor() as cursor:
-        cursor.execute(statement)
-        return cursor.fetchall() if cursor.description else []
-
-def administer(statement):
-    import psycopg
-    address = f"host={connection.settings_dict['HOST']} user=postgres dbname=postgres"
-    with psycopg.connect(address, autocommit=True) as postgres:
-        cursor = postgres.execute(statement)
-        return cursor.fetchall() if cursor.description else []
-
-def sessions(condition="true", what="pid"):
-    if connection.vendor == "sqlite":
-        return {each for each in made if each.connection is not None}
-    here = f"datname = '{connection.settings_dict['NAME']}'"
-    where = f"FROM pg_stat_activity WHERE {here} AND {condition}"
-    return {*administer(f"SELECT {what} {where}")}
-
-def until(true):
-    hung_at = time.monotonic() + HANG
-    while not true():
-        assert time.monotonic() < hung_at, (stats(), sessions())
-
-def come_to(number, condition="true"):
-    # A session that its client has closed takes a moment to end.
-    until(lambda: len(sessions(condition)) <= number)
-
-def none_is_left():
-    come_to(0)
-
-def defer_as(kind, function, *args, **options):
-    call = partial(function, *args)
-
-    async def acall():
-        await sync_to_async(call)()
-
-    def awaitable():
-        call()
-        return asyncio.sleep(0)
-
-    func = [call, acall, call, awaitable, lambda: acall()][KINDS.index(kind)]
-    defer(func, options={"thread_sensitive": "sensitive" in kind, **options})
-
-def work(*functions, then=bool):
-    # Whether something is said of a job must make no difference.
-    for level in "WARNING", "INFO":
-        logging.getLogger("django_simple_task").setLevel(level)
-        for kind in KINDS:
-            for function in functions:
-                defer_as(kind, function)
-            assert join(HANG), (kind, stats())
-            then()
-
-KINDS = ["sync", "async", "sensitive", "awaitable", "sensitive awaitable"]
-
-if connection.vendor == "postgresql":
-    administer(f"CREATE DATABASE {connection.settings_dict['NAME']}")
-"""
-
-
-def run_with_database(database, body, *, workers=1, kept=None, **settings):
-    """Run a script with a database, well; `kept` says how connections are kept."""
-    result = run_script(
-        DATABASE + textwrap.dedent(body),
-        timeout=5 * HANG,
-        DATABASES={"default": {**database, **(kept or {})}},
-        DJANGO_SIMPLE_TASK_WORKERS=workers,
-        **settings,
-    )
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    """Start a PostgreSQL, which listens on a socket in a temporary folder."""
-    pytest.importorskip("psycopg_pool")
-    # Debian keeps its programs where no PATH leads.
-    folders = map(str, Path("/usr/lib/postgresql").glob("*/bin"))
-    path = os.pathsep.join([*folders, os.environ["PATH"]])
-    initdb, pg_ctl = (shutil.which(name, path=path) for name in ("initdb", "pg_ctl"))
-    if not initdb or not pg_ctl:
-        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
-    # It does not run as root; the path of a socket must be short.
-    user = "postgres" if os.geteuid() == 0 else None
-    folder = tempfile.mkdtemp(prefix="pg-")
-    if user:
-        shutil.chown(folder, user)
-    how = {"check": True, "cwd": folder, "stdout": subprocess.DEVNULL, "user": user}
-    initialise = f"{initdb} -D {folder}/data -A trust -U postgres --no-sync"
-    control = [pg_ctl, "-D", f"{folder}/data", "-w", "-l", f"{folder}/log"]
-    options = f"-k {folder} -c listen_addresses= -c fsync=off"
-    try:
-        subprocess.run(initialise.split(), **how)
-        subprocess.run([*control, "-o", options, "start"], **how)
-        names = map("shop_{}".format, itertools.count(1))
-        yield types.SimpleNamespace(folder=folder, names=names)
-    finally:
-        if os.path.exists(f"{folder}/data/postmaster.pid"):
-            subprocess.run([*control, "-m", "immediate", "stop"], **how)
-        shutil.rmtree(folder)
-
-
-@pytest.fixture
-def postgresql(cluster):
-    engine, name = "django.db.backends.postgresql", next(cluster.names)
-    settings = {"HOST": cluster.folder, "NAME": name, "USER": "postgres"}
-    return partial(run_with_database, {"ENGINE": engine, **settings})
-
-
-@pytest.fixture
-def sqlite(tmp_path):
-    engine, name = "django.db.backends.sqlite3", str(tmp_path / "db.sqlite3")
-    return partial(run_with_database, {"ENGINE": engine, "NAME": name})
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def run_with_either(request):
-    return request.getfixturevalue(request.param)
 
 
 # How connections are kept, and what is needed to see in time that one is dead.
@@ -5398,239 +5128,10 @@ def test_a_test_database_can_be_destroyed_that_jobs_have_used(kept, request, tmp
 # it reads until the test closes it; what requests defer behind it has to wait. Each
 # job notes itself in a file.
 
-UVICORN = "uvicorn --port {port} shop:application"
-GRANIAN = "granian --port {port} shop:application --interface"
-GUNICORN = "gunicorn --bind 127.0.0.1:{port}"
-SERVERS = {
-    "uvicorn": f"{UVICORN} --loop asyncio",
-    "uvicorn-uvloop": f"{UVICORN} --loop uvloop",
-    "uvicorn-2": f"{UVICORN} --workers 2",
-    "uvicorn-off": f"{UVICORN} --lifespan off",
-    "hypercorn": "hypercorn --bind 127.0.0.1:{port} shop:application",
-    "granian": f"{GRANIAN} asgi",
-    "granian-asginl": f"{GRANIAN} asginl",
-    "gunicorn": f"{GUNICORN} -k uvicorn_worker.UvicornWorker shop:application",
-    "gunicorn-asgi": f"{GUNICORN} -k asgi shop:application",
-    "gunicorn-wsgi": f"{GUNICORN} --threads 2 shop:wsgi",
-    "daphne": "daphne --port {port} shop:application",
-    "runserver": "django runserver --noreload {port}",
-    "runserver-daphne": "django runserver --noreload {port}",
-}
 WSGI = {"gunicorn-wsgi", "runserver"}
 NO_LIFESPAN = {*WSGI, "uvicorn-off", "granian-asginl", "daphne", "runserver-daphne"}
 TERM, INT = signal.SIGTERM, signal.SIGINT
 ENDED_BY = {"uvicorn-off": INT, "runserver": INT}  # the others by SIGTERM
-
-SHOP = {
-    "settings.py": """
-        import os
-
-        ALLOWED_HOSTS = ["*"]
-        ASGI_APPLICATION = "shop.application"
-        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "db"}}
-        DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD = os.environ.get("GRACE_PERIOD")
-        DJANGO_SIMPLE_TASK_WORKERS = os.environ.get("WORKERS", "1")
-        INSTALLED_APPS = [*os.environ["FIRST_APP"].split(), "django_simple_task"]
-        OURS = {"handlers": ["stderr"], "level": "INFO", "propagate": False}
-        LOGGING = {
-            "version": 1,
-            "handlers": {"stderr": {"class": "logging.StreamHandler"}},
-            "loggers": {"django_simple_task": OURS},
-        }
-        ROOT_URLCONF = "shop"
-        SECRET_KEY = "tests"
-        USE_TZ = True
-    """,
-    "version.py": "VERSION = 'old'",
-    "shop.py": """
-        import asyncio, contextlib, os, socket, sys
-        from asgiref.sync import sync_to_async
-        from django.core.asgi import get_asgi_application
-        from django.core.wsgi import get_wsgi_application
-        from django.db import connection
-        from django.http import HttpResponse
-        from django.urls import path
-        from django_simple_task import defer, django_simple_task_middleware, stats
-        from version import VERSION
-
-        application = django_simple_task_middleware(get_asgi_application())
-        wsgi = get_wsgi_application()
-        GATE = "127.0.0.1", int(os.environ["GATE"])
-
-        def note(name):
-            with connection.cursor() as cursor, open("ledger", "a") as ledger:
-                cursor.execute("SELECT 1")
-                ledger.write(name + "\\n")
-
-        async def anote(name):
-            # In a thread, as HTTP clients do; 3.12.0 to 3.12.2 start none at exit.
-            if not (3, 12) <= sys.version_info < (3, 12, 3):
-                await asyncio.to_thread(socket.gethostbyname, "localhost")
-            await sync_to_async(note)(name)
-
-        def stand_at_gate(name):
-            with contextlib.suppress(OSError), socket.create_connection(GATE) as gate:
-                gate.recv(1)
-            note(name)
-
-        def gate(request):
-            if not stats()["accepted"]:
-                defer(stand_at_gate, {"args": [f"{os.getpid()} at gate"]})
-            return HttpResponse(os.getpid())
-
-        def sync_view(request, name):
-            defer(note, {"args": [f"{name}, sync"]})
-            defer(anote, {"args": [f"{name}, async"]})
-            return HttpResponse()
-
-        async def async_view(request, name):
-            return sync_view(request, name)
-
-        async def flood(request):
-            for n in range(1000):
-                name = f"{n} of {os.getpid()}"
-                defer(anote if n % 2 else note, {"args": [name]})
-            return HttpResponse()
-
-        async def slow_view(request):
-            reader, writer = await asyncio.open_connection(*GATE)
-            await reader.read(1)
-            writer.close()
-            return HttpResponse()
-
-        urlpatterns = [
-            path("version", lambda request: HttpResponse(VERSION)),
-            path("gate", gate),
-            path("sync/<name>", sync_view),
-            path("async/<name>", async_view),
-            path("flood", flood),
-            path("slow", slow_view),
-        ]
-    """,
-}
-
-
-class Site:
-    """A Django project in a folder of its own, its gate, and its server."""
-
-    def __init__(self, folder, command, environ):
-        self.processes = 2 if "--workers 2" in command else 1
-        self.log_file, self.ledger = folder / "log", folder / "ledger"
-        self.ledger.touch()
-        for name, source in SHOP.items():
-            (folder / name).write_text(textwrap.dedent(source))
-        self.gate = socket.create_server(("127.0.0.1", 0))
-        self.gate.settimeout(HANG)
-        self.at_gate = []
-        self.bound = socket.socket()  # so that its port is given to no one else
-        self.bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.bound.bind(("127.0.0.1", 0))
-        self.port = self.bound.getsockname()[1]
-        ours = str(Path(django_simple_task.__file__).parent)
-        environ = {**os.environ, **environ, "DJANGO_SETTINGS_MODULE": "settings"}
-        environ["GATE"] = str(self.gate.getsockname()[1])
-        environ["PYTHONPATH"] = ours + os.pathsep + os.getenv("PYTHONPATH", "")
-        command = [sys.executable, "-m", *command.format(port=self.port).split()]
-        how = {"cwd": folder, "env": environ, "start_new_session": True}
-        with open(self.log_file, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, **how)
-
-    def close(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.open_gate()
-        self.bound.close()
-
-    def open_gate(self):
-        for each in self.gate, *self.at_gate:
-            each.close()
-
-    @property
-    def log(self):
-        return self.log_file.read_text()
-
-    def runs(self):
-        """Return the jobs that ran, as they noted themselves."""
-        return sorted(self.ledger.read_text().splitlines())
-
-    def until(self, true):
-        """Look again and again: other processes tell no one what they do."""
-        hung_at = monotonic() + HANG
-        while not true():
-            assert self.process.poll() is None or true(), self.log
-            assert monotonic() < hung_at, self.log
-            sleep(0.02)
-
-    def drains(self):
-        self.until(lambda: self.log.count("draining pending=") >= self.processes)
-
-    def until_gone(self):
-        self.until(lambda: self.process.poll() is not None)
-
-    def request(self, path):
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
-        client.request("GET", path)
-        return contextlib.closing(client)
-
-    def get(self, path):
-        # granian's first process tries the port, and hangs up again.
-        refused = contextlib.suppress(ConnectionRefusedError, ConnectionResetError)
-        with refused, self.request(path) as client:
-            return client.getresponse().read().decode()
-
-    def defer_jobs(self):
-        """Have a job at the gate in each process; sync and async views defer others."""
-        pids = set()
-        while len(pids) < self.processes:
-            pids.add(self.get("/gate"))
-        self.at_gate = [self.gate.accept()[0] for _ in pids]
-        names = ["sync/1", "async/2", "sync/3", "async/4", "sync/5", "async/6"]
-        assert [self.get(f"/{name}") for name in names] == [""] * 6, self.log
-        jobs = [f"{n}, {kind}" for n in range(1, 7) for kind in ("sync", "async")]
-        self.deferred = sorted([*jobs, *(f"{pid} at gate" for pid in pids)])
-
-    def ends(self, outcome, number=None):
-        """Send a signal; see that each job runs once, or that all of them are lost."""
-        if number:
-            self.process.send_signal(number)
-        if outcome == "run":
-            self.drains()
-            self.open_gate()
-        self.until_gone()
-        log = self.log.replace("may be lost", "")
-        assert self.runs() == (self.deferred if outcome == "run" else []), log
-        assert ("lost" in log) is (outcome == "reported"), log
-        if outcome == "reported":
-            lost = re.findall(r"lost=(\d+) job=shop\.(note|anote) ", log)
-            for job in "note", "anote":
-                assert sum(int(count) for count, name in lost if name == job) == 6, log
-            in_flight = log.count("lost in flight job=shop.stand_at_gate")
-            assert in_flight == self.processes, log
-
-
-@contextlib.contextmanager
-def started(folder, name, more="", **environ):
-    """Start a server, with `more` on its command line."""
-    command = f"{SERVERS[name]} {more}"
-    if "--noreload" in command and more:
-        command = re.sub("--(no)?reload", "", command)  # runserver's default
-    optional = re.findall("uvicorn_worker|uvloop|daphne", f"{name} {command}")
-    for module in command.split()[0], *optional:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-    environ["FIRST_APP"] = "daphne" if name == "runserver-daphne" else ""
-    with contextlib.closing(Site(folder, command, environ)) as site:
-        site.until(lambda: site.get("/version"))
-        yield site
-
-
-@contextlib.contextmanager
-def served(*args, **kwargs):
-    """Start a server, and have jobs wait in it."""
-    with started(*args, **kwargs) as site:
-        site.defer_jobs()
-        yield site
 
 
 LONG_SERVERS = [pytest.param(name, marks=pytest.mark.long) for name in [*SERVERS][1:]]
@@ -5746,46 +5247,6 @@ def test_a_code_change_restarts_the_server(name, hung, tmp_path):
 # In the model hypothesis chooses event after event. Each comes when all is at rest; so
 # a list in order and a number of workers tell what must be in flight and accounted for.
 # In the simulation all happens at once, as a seed draws it, and is judged at the end.
-
-
-@contextlib.contextmanager
-def loop_in_a_thread():
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(HANG)
-        loop.close()
-
-
-class Lifespan:
-    """One that has started, on the loop of another thread."""
-
-    def __init__(self, loop):
-        self.loop = loop
-        self.server = self.call(self.start())
-
-    def call(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(HANG)
-
-    async def start(self):
-        server = Server(django_simple_task_middleware(plain_app))
-        assert await server.startup() == STARTED
-        return server
-
-    def shut_down(self):
-        message = {"type": "lifespan.shutdown"}
-        self.loop.call_soon_threadsafe(self.server.put, message)
-
-    def cancel(self):
-        self.loop.call_soon_threadsafe(self.server.task.cancel)
-
-    def wait(self):
-        self.call(asyncio.wait([self.server.task], timeout=HANG))
-        assert ENDED in self.server.sent or self.server.task.cancelled()
 
 
 # What lines of the ends of jobs begin with, and the accounts that tell of the same.
@@ -5987,35 +5448,6 @@ def test_any_sequence_of_events_keeps_to_the_model(examples, nothing_serves):
     stateful.run_state_machine_as_test(AnySequence, settings=settings)
 
 
-@contextlib.contextmanager
-def stumbling(draw):
-    """
-    Have threads pause before some lines of the module: any other may overtake them
-    wherever nothing keeps it off.
-    """
-    over = threading.Event()
-    source = inspect.getsourcefile(inspect.unwrap(defer))
-    lines = range(len(Path(source).read_text().splitlines()))
-    pauses = {line: draw.uniform(0, 0.001) for line in lines if draw.random() < 0.1}
-    outer = sys.gettrace(), threading.gettrace()
-
-    def trace(frame, event, arg):
-        if over.is_set() or frame.f_code.co_filename != source:
-            return None
-        if event == "line" and frame.f_lineno in pauses:
-            over.wait(pauses[frame.f_lineno])
-        return trace
-
-    sys.settrace(trace)
-    threading.settrace(trace)
-    try:
-        yield
-    finally:
-        over.set()
-        sys.settrace(outer[0])
-        threading.settrace(outer[1])
-
-
 def draw_a_job(draw, number, runs):
     """Return what defers a job, how its attempts end, and whether it may be lost."""
     kind, delay = draw.choice([*EACH_KIND, "endless"]), draw.choice(DELAYS)
@@ -6177,58 +5609,6 @@ def test_no_job_runs_twice_when_its_process_is_killed(name, more, tmp_path):
 #
 # More jobs than anybody should have, in processes without development mode, which costs
 # time and memory.
-
-LOAD = """
-import gc, itertools, tracemalloc
-from conftest import serving
-logging.disable(logging.ERROR)
-gc.disable()
-runs, ran, refused = bytearray(10**6), itertools.count(), itertools.count()
-
-def memory():
-    "In MB, at most until now."
-    status = open("/proc/self/status").read()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-
-def job(*args):
-    next(ran)
-
-def failing(number):
-    runs[number] += 1
-    if number // 2 % 100 < 3:
-        raise ValueError if number // 2 % 100 else GeneratorExit
-
-async def ajob(*args):
-    job()
-
-async def afailing(number):
-    failing(number)
-
-def defer_all(calls):
-    "Defer each of the calls; while the queue is full, wait until all are done."
-    for function, *args in calls:
-        while True:
-            try:
-                defer(function, {"args": args})
-                break
-            except QueueFull:
-                next(refused)
-                assert join(300)
-    assert join(300)
-
-"""
-
-
-def run_load(body, **named):
-    """Run the body of a coroutine function, while a lifespan serves."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("does not apply: no /proc here")
-    named = {f"DJANGO_SIMPLE_TASK_{name}": named[name] for name in named}
-    body = textwrap.indent(textwrap.dedent(body), " " * 8)
-    head = "async def main():\n    async with serving():"
-    script = f"{LOAD}{head}{body}\nasyncio.run(main())"
-    result = run_script(script, dev=False, timeout=6 * HANG, **named)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.alone
@@ -6418,71 +5798,6 @@ def test_a_row_passes_which_release_0_1_2_fails(row, release_0_1_2, tmp_path):
 
 
 # Demo
-DEMO = Path(__file__).with_name("demo.py")
-
-
-class Demo(NamedTuple):
-    """The running demo, as a browser without JavaScript sees it."""
-
-    port: int
-    folder: Path
-
-    def ask(self, method="GET", body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
-        with contextlib.closing(connection):
-            connection.request(method, "/", body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode(), answer.headers
-
-    def post(self, job, name="", content=b"", *, token=None, **headers):
-        """Press a button, with a file chosen if `name` is given: status and page."""
-        _, page, got = self.ask()
-        token = token or re.search(r'csrfmiddlewaretoken" value="(\w+)"', page)[1]
-        fields = {'csrfmiddlewaretoken"': token, 'job"': job}
-        if name:
-            fields[f'file"; filename="{name}"'] = content.decode("latin-1")
-        part = '--part\r\nContent-Disposition: form-data; name="{}\r\n\r\n{}\r\n'
-        body = "".join(part.format(*field) for field in fields.items()) + "--part--"
-        headers["Content-Type"] = "multipart/form-data; boundary=part"
-        headers["Cookie"] = got["Set-Cookie"].partition(";")[0]
-        return self.ask("POST", body, **headers)[:2]
-
-    def accepted(self):
-        return re.search(r'id="accepted">(\d+)', self.ask()[1])[1]
-
-    def wait(self, name):
-        """Wait until the newest job of a name is done; return what is said of it."""
-        job = r'<li class="job (\w+)">\s*<b title="(.*?)">.*?<small>(.*?)</small>'
-        hung_at = monotonic() + HANG
-        while True:
-            jobs = re.findall(job, unescape(self.ask()[1]), re.DOTALL)
-            state, detail = next((s, text) for s, title, text in jobs if title == name)
-            if state == "done":
-                return detail
-            assert monotonic() < hung_at, jobs
-            sleep(0.05)
-
-
-@contextlib.contextmanager
-def running_demo(folder):
-    """Run the demo, and at the end press Ctrl-C. What it says is in folder/"log"."""
-    pytest.importorskip("uvicorn", reason="the demo is served by uvicorn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
-    command = [sys.executable, "-X", "dev", "-W", "error", str(DEMO), str(port)]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-    try:
-        hung_at = monotonic() + HANG
-        while b"Uvicorn running" not in (folder / "log").read_bytes():
-            assert process.poll() is None and monotonic() < hung_at
-            sleep(0.05)
-        yield Demo(port, folder)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(HANG)
-    assert process.returncode == 0
 
 
 @pytest.fixture(scope="module")
