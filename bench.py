@@ -12,7 +12,7 @@ The rows stand in the order in which one asks:
    the loop and from a thread, beside what one would use instead: bare asyncio, a bare
    thread pool, aiojobs, release 0.1.2.
 2. What does defer() itself take of its caller's CPU time?
-3. What does a Task cost, beside other backends that run it in the process?
+3. What does a Task cost, beside other backends in the process? (From Django 6.0 on.)
 4. What do many jobs at once do: the bytes that a waiting one takes, the longest that
    they hold up the loop, and whether one costs more because a million others wait?
 5. What does a visitor notice? Requests to a view that defers a job, beside the same
@@ -30,8 +30,7 @@ tenths. All rows together take about five minutes.
     python bench.py --loop uvloop               on another event loop
 
 The module measured is the one on PYTHONPATH, or else the one beside this file. The
-extra `bench` installs the rivals; pip fetches release 0.1.2, which has our name, into a
-folder of its own.
+extra `bench` installs the rivals; pip puts release 0.1.2 into a folder of its own.
 """
 
 from __future__ import annotations
@@ -357,9 +356,8 @@ def take_turns(row: Row, loop: str, quick: bool) -> dict[str, list[float]]:
             if views:
                 port = int(stack.enter_context(process(row, "uvicorn", loop))(0))
                 seconds = 0.5 if quick else 2
-                measures = [
-                    functools.partial(ask, port, jobs, seconds) for jobs in "10"
-                ]
+                view = functools.partial(ask, port, seconds=seconds)
+                measures = [functools.partial(view, jobs) for jobs in "10"]
             else:
                 measures = []
                 for tool in figures:
@@ -484,10 +482,12 @@ def main() -> int:
             runner.run(be_side(row, given.side[1]))
     module = importlib.util.find_spec("django_simple_task")
     rows = [r for r in ROWS if any(w.lower() in r.name.lower() for w in given.only)]
+    if importlib.util.find_spec("django.tasks") is None:
+        rows = [row for row in rows if row.kind != "task"]
     if not rows:
         parser.error(f"no row has these words; there are: {[r.name for r in ROWS]}")
     print(f"Python {platform.python_version()}, {given.loop}, {os.cpu_count()} CPUs")
-    print(f"{module and module.origin}\n")
+    print(module and module.origin, end="\n\n")
     print(LINE.format("", "ours", "rival's", "ratio", "bar", "spread", "beside"))
     turns = ((row, take_turns(row, given.loop, given.quick)) for row in rows)
     outcomes = [outcome for each in turns for outcome in report(*each)]

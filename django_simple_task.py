@@ -2637,7 +2637,8 @@ class _TaskJob(_Job):
             self.send(tasks.signals.task_finished)
             return
         try:
-            raise error  # receivers log what is being handled: Django's do
+            # Receivers log the exception that is being handled: Django's do.
+            raise error
         except BaseException:
             self.send(tasks.signals.task_finished)
         finally:
@@ -2785,7 +2786,7 @@ def _check_settings(**kwargs: Any) -> Iterator[checks.CheckMessage]:
         if name.startswith(_PREFIX) and name not in ours:
             (nearest,) = difflib.get_close_matches(name, ours, n=1, cutoff=0)
             yield checks.Warning(
-                f"{_cut(name)} is no setting of {_LABEL}.",
+                f"{_cut(name)} is not a setting of {_LABEL}.",
                 hint=f"Did you mean {nearest}?",
                 id=f"{_LABEL}.W001",
             )
