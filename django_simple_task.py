@@ -195,9 +195,7 @@ _SETTINGS = {
 }
 
 
-@functools.cache
-def _setting(name: str) -> Any:
-    """Return a setting of ours, remembered until `setting_changed` is sent."""
+def _read_setting(name: str) -> Any:
     wanted = _SETTINGS[name]
     value = getattr(settings, _PREFIX + name, wanted.default)
     try:
@@ -206,6 +204,16 @@ def _setting(name: str) -> Any:
         raise ImproperlyConfigured(
             f"{_PREFIX}{name} is {_shown(value)}: it must be {wanted.allowed}."
         ) from error
+
+
+# A setting of ours by its name, remembered until `setting_changed` is sent.
+_setting = functools.cache(_read_setting)
+
+
+def _forget_settings(**kwargs: Any) -> None:
+    global _setting
+    # A new cache: a thread that is just reading may remember the old value in the other.
+    _setting = functools.cache(_read_setting)
 
 
 def _number_in(value: Any) -> Any:
@@ -571,16 +579,17 @@ class _Job:
             self.drop_awaitable()
             self.raised = error
 
-    async def arun(self, sensitive: ThreadSensitiveContext | None) -> None:
-        """Await it; ORM calls are made where `sensitive` says, or by the caller."""
+    async def arun(self, worker: _Worker | None) -> None:
+        """Await it; ORM calls are made in the worker's thread, or in the caller's."""
         try:
-            if sensitive is not None:
+            if worker is not None:
                 self.enter()
                 if self.options["thread_sensitive"] and self.awaitable is None:
                     await self.run_in_shared_thread()
                     if self.awaitable is None:
                         return
-                _thread_sensitive_context.set(sensitive)
+                _thread_sensitive_context.set(worker.sensitive)
+                _turn.set(worker.turn)
             if self.options["timeout"] is None and _setting("AROUND_JOB") is None:
                 await self.await_result()
             else:
@@ -890,7 +899,10 @@ def _seconds_until(run_after: Any) -> float | None:
                 "not a naive one: see django.utils.timezone.make_aware()."
             )
         if run_after.utcoffset() is None:
-            run_after = run_after.astimezone()
+            naive, run_after = run_after, run_after.replace(tzinfo=UTC)
+            # At the ends of the calendar a zone makes no difference, and fails.
+            with contextlib.suppress(OverflowError, ValueError):
+                run_after = naive.astimezone()
         run_after -= datetime.now(UTC)
     if not isinstance(run_after, timedelta):
         raise TypeError(
@@ -976,6 +988,9 @@ _thread_sensitive_context: ContextVar[Any] = getattr(
 _deadlock_context: ContextVar[Any] = getattr(
     SyncToAsync, "deadlock_context", ContextVar("absent")
 )
+_single_thread_context: ContextVar[Any] = getattr(
+    AsyncToSync, "async_single_thread_context", ContextVar("absent")
+)
 _thread_executors: Any = getattr(
     SyncToAsync, "context_to_thread_executor", weakref.WeakKeyDictionary()
 )
@@ -998,6 +1013,7 @@ _NO_VALUES: Any = _Storage(0, {}) if _Storage else {}
 _NOT_INHERITED = {
     _deadlock_context: False,
     _thread_sensitive_context: None,
+    _single_thread_context: None,
     _variable_of(setattr, _executors, "current", None): _NO_VALUES,
     _variable_of(set_urlconf, "of.the.request"): _NO_VALUES,
 }
@@ -1005,6 +1021,8 @@ _NOT_INHERITED = {
 
 # Not the job itself: it has the context, and would keep itself alive by way of it.
 _inside_job = ContextVar("inside_job", default=False)
+# Which turn of its worker it is, on the loop. What it leaves behind there keeps that.
+_turn = ContextVar("turn", default=0)
 
 
 def _enter(context: Context, *, again: bool = False) -> None:
@@ -1179,11 +1197,11 @@ class _Queue:
         )
 
     def advance(self, now: float, *, retry_at_once: bool = False) -> list[_Job]:
-        """Make ready what is due, and return it."""
-        ready = []
+        """Make ready what is due, but not too much at a stretch, and return it."""
+        ready: list[_Job] = []
         until = math.inf if retry_at_once else now
         for heap, limit in (self.retries, until), (self.scheduled, now):
-            while heap and heap[0][0] <= limit:
+            while heap and heap[0][0] <= limit and len(ready) < _MOST_AT_ONCE:
                 job = heap[0][2]
                 self.append(job)  # first this: interrupted now, it is not lost
                 ready.append(job)
@@ -1222,11 +1240,11 @@ class _Process:
         self.in_flight: dict[_Job, _Worker | None] = {}
         self.counts = {"succeeded": 0, "failed": 0, "lost": 0, "handed_over": 0}
         self.rejected = self.retried = self.numbers = self.result_ids = 0
-        self.secret = secrets.token_bytes(32)
+        self.secret = b""
         self.watchers: dict[Callable[[], None], None] = {}
         self.results: dict[str, _TaskJob] = {}
         self.finished: defaultdict[str, deque[str]] = defaultdict(deque)  # by alias
-        self.requests_seen = False
+        self.requests_seen = self.lifespan_seen = False
         self.shares_thread = False
         self.prepared = False
         self.exiting = False
@@ -1235,6 +1253,8 @@ class _Process:
 
     def put(self, job: _Job, delay: float | None) -> None:
         """Queue a job, and wake an idle worker; or run it, if all are immediate."""
+        if not self.prepared:
+            self.prepare()
         if _setting("IMMEDIATE"):
             return _run_immediately(job)
         while True:
@@ -1290,6 +1310,7 @@ class _Process:
     def look_again(self, *, retry_at_once: bool = False) -> None:
         """Make ready what is due, and wake workers for it."""
         with self.lock:
+            self.someone_serves()
             for job in self.queue.advance(monotonic(), retry_at_once=retry_at_once):
                 self.wake(job)
 
@@ -1391,10 +1412,12 @@ class _Process:
             }
 
     def new_result_id(self) -> str:
-        """Return 128 bits that nobody guesses."""
+        """Return 128 bits that nobody guesses, and no other process has."""
+        self.prepare()  # for a fork, after which this is another process
         # Not by the system's source of randomness each time: whoever looks there lets
         # another thread go first, and waits for it.
         with self.lock:
+            self.secret = self.secret or secrets.token_bytes(32)
             self.result_ids += 1
             number = b"%d" % self.result_ids
         return blake2b(number, key=self.secret, digest_size=16).hexdigest()
@@ -1429,6 +1452,7 @@ class _Process:
     def serve(self) -> _Pool:
         """Let the running loop serve. What the background has in flight ends there."""
         self.prepare()
+        self.lifespan_seen = True
         loop = asyncio.get_running_loop()
         for pool in self.pools:
             if pool.loop is loop and pool.lifespans > 0:  # else it is ending
@@ -1448,7 +1472,6 @@ class _Process:
 
     def start_background(self) -> None:
         """Serve without a lifespan."""
-        self.prepare()
         background = _Background()
         try:
             with self.lock:
@@ -1459,10 +1482,11 @@ class _Process:
         except BaseException:  # also a signal handler's
             background.undo_start()
             raise
-        said = "No lifespan: jobs run in a background thread"
-        if self.requests_seen:
+        said, level = "No lifespan: jobs run in a background thread", logging.INFO
+        if self.requests_seen and not self.lifespan_seen:
+            level = logging.WARNING
             said += ", though requests come: jobs waiting at SIGTERM may be lost"
-        _write(logging.WARNING if self.requests_seen else logging.INFO, f"{said}.")
+        _write(level, f"{said}.")
 
     def serve_what_is_left(self) -> None:
         """Have run what a signal handler deferred amid the last steps of a drain."""
@@ -1520,8 +1544,10 @@ class _Worker:
         self.ended = self.gone = False
         self._calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._interruption: BaseException | None = None
-        # By which asgiref finds it, for the ORM calls of a job on the loop.
+        # By which asgiref finds it, for the ORM calls of the job on the loop; how many
+        # such jobs have ended.
         self.sensitive = ThreadSensitiveContext()
+        self.turn = 1
         self.thread = _start_thread(self._serve, name)
         _thread_executors[self.sensitive] = self
 
@@ -1536,11 +1562,14 @@ class _Worker:
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Future[Any]:
         """Do what asgiref asks of an executor."""
+        future: Future[Any] = Future()
+        call = functools.partial(_fulfil, future, function, *args, **kwargs)
+        if _turn.get() != self.turn:
+            _start_thread(call)  # of what an ended job left behind: it may hang
+            return future
         if self.connections and self.latest is None:
             self.call_in_thread(_clean_connections)
-        future = self.latest = Future()
-        call = functools.partial(_fulfil, future, function, *args, **kwargs)
-        self._latest_call = (call,)
+        self.latest, self._latest_call = future, (call,)
         self.call_in_thread(call)
         return future
 
@@ -1677,7 +1706,7 @@ class _Worker:
                 return self.call_in_thread(self.work, job)
             job.loop_has_it = True
             job.task = task = asyncio.Task(
-                job.arun(self.sensitive),
+                job.arun(self),
                 loop=self.pool.loop,
                 name=job.name,
                 context=job.scope,
@@ -1693,6 +1722,7 @@ class _Worker:
 
     def next_on_loop(self, job: _Job) -> _Job | None:
         """Return the next job, if there is nothing to be done in the thread before."""
+        self.turn += 1
         if self.latest is None and job.on_loop and job.is_silent():
             return _process.settle_and_take(self, job)
         worker = self.replace(job) if self.has_open_call() else self
@@ -1724,12 +1754,12 @@ _SLICE, _BREATH = 0.001, 0.00005
 # Seconds that a cancelled job, or a thread, has to end before it is left to itself.
 _PATIENCE = 0.25
 # Seconds after the grace period for telling what is lost; for handing Tasks over; and
-# for the shutdown of the wrapped application.
-_LAST_WORDS, _HAND_OVER, _INNER_SHUTDOWN = 0.5, 4.0, 1.0
+# for the shutdown of the wrapped application; and for each of these when it is late.
+_LAST_WORDS, _HAND_OVER, _INNER_SHUTDOWN, _MOMENT = 0.5, 4.0, 1.0, 0.1
 # Seconds until a drain says what it waits for, and between two such lines.
 _FIRST_REPORT, _NEXT_REPORT = 0.1, 5.0
-# How many jobs a line names at most.
-_MOST_NAMED = 20
+# How many jobs a line names at most; how many become ready in one step at most.
+_MOST_NAMED, _MOST_AT_ONCE = 20, 200
 
 
 def _close_connections() -> None:
@@ -1946,7 +1976,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             yield from _say_what_a_drain_waits_for(pending, flying)
             report_at = now + _NEXT_REPORT
         yield min(pool.deadline, report_at)
-    yield from loss.tell()
+    yield from loss.tell(pool.deadline)
     if final:
         yield from pool.end_threads()
         _process.serve_what_is_left()
@@ -2045,24 +2075,25 @@ class _Loss:
     def jobs(self) -> list[_Job]:
         return [*self.in_flight, *self.waiting, *self.moved]
 
-    def tell(self) -> _Waiting:
-        began = monotonic()
+    def tell(self, deadline: float = math.inf) -> _Waiting:
+        """Tell of it. What has less time, as the deadline is past, has a moment still."""
+        until = min(self.began, deadline)
         for task in self.tasks:
             _call_on(task.get_loop(), task.cancel)
         if self.moving:
-            began += _HAND_OVER
-            yield from _in_spare_thread(self.hand_over, began)
+            until = max(until + _HAND_OVER, monotonic() + _MOMENT)
+            yield from _in_spare_thread(self.hand_over, until)
             with _process.lock:
                 for job in self.moving:
                     self.lose(job)
-        until = began + _LAST_WORDS
+        until = max(until + _LAST_WORDS, monotonic() + _MOMENT)
         if self.jobs():
             yield from _in_spare_thread(functools.partial(self.say, until), until)
             if left := len(self.untold):
                 self.untold.clear()
                 what = "There was no time for their task_finished."
                 say = functools.partial(_write, logging.ERROR, what, untold=left)
-                yield from _in_spare_thread(say, monotonic() + 0.1)
+                yield from _in_spare_thread(say, monotonic() + _MOMENT)
         while not all(task.done() for task in self.tasks) and monotonic() < until:
             yield until
 
@@ -2099,8 +2130,7 @@ class _Loss:
 def _drain_at_exit() -> None:
     """In the main thread, at the very end."""
     over_at = _grace_period_over_at()
-    while pools := [pool for pool in _process.pools if pool.ends_with_process()]:
-        pool = pools[0]
+    while pool := _pool_to_drain_at_exit():
         pool.deadline = min(pool.deadline, over_at)
         if not pool.loop.is_running() and not isinstance(pool, _Background):
             pool.deadline = monotonic()  # its loop has ended without a shutdown
@@ -2110,12 +2140,29 @@ def _drain_at_exit() -> None:
             pool.thread.join(_PATIENCE)
             over_at = min(over_at, pool.deadline)  # also for what is still deferred
             _process.exiting = monotonic() >= over_at
-    _process.exiting = True
     loss = _Loss()
     with _process.lock:
         # If one still serves, a thread goes on for which Python waits.
-        loss.take_over([], () if _process.pools else _process.queue.emptied())
+        waiting = () if _process.pools else _process.queue.emptied()
+        loss.take_over(_in_flight_at_exit(), waiting)
     _drive(loss.tell())
+
+
+def _pool_to_drain_at_exit() -> _Pool | None:
+    """Return one that ends with the process; without any, let none start any more."""
+    with _process.lock:
+        pools = [*filter(_Pool.ends_with_process, _process.pools)]
+        _process.exiting = _process.exiting or not pools
+    return pools[0] if pools else None
+
+
+def _in_flight_at_exit() -> list[_Job]:
+    """Return what is in flight, but where a thread goes on for which Python waits."""
+    return [
+        job
+        for job, worker in [*_process.in_flight.items()]
+        if worker is None or worker.pool.ends_with_process()
+    ]
 
 
 def _drive_to_the_end(pool: _Pool, drain: Any) -> None:
@@ -2222,8 +2269,9 @@ class _Lifespan:
             if failure is None:
                 self.pool = _process.serve()
         except (ImproperlyConfigured, RuntimeError) as error:  # too many threads
+            failure = str(error)
+        if failure is not None:
             self.inner.cancel()
-            return str(error)
         return failure
 
     async def shutdown(self) -> str | None:
@@ -2290,7 +2338,6 @@ class _InnerLifespan:
         ours = isinstance(self.app, ASGIHandler)
         if ours and type(self.app).__call__ is ASGIHandler.__call__:
             return None  # Django's own handler refuses any lifespan
-        self.task = asyncio.create_task(self.serve())
         return await self.ask("lifespan.startup", math.inf)
 
     async def shutdown(self, deadline: float) -> str | None:
@@ -2331,6 +2378,8 @@ class _InnerLifespan:
         loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[Mapping[str, Any]] = loop.create_future()
         self.questions.put_nowait({"type": kind})
+        if self.task is None:  # only now: an eager one may answer at once
+            self.task = asyncio.create_task(self.serve())
         seconds = None if deadline == math.inf else deadline - monotonic()
         first: Any = {self.answer, self.task}
         await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -2350,7 +2399,7 @@ def _defer_task(task: Any, arguments: Any, options: Any) -> None:
         _seconds_until(run_after)  # which refuses what is no time
         if isinstance(run_after, timedelta):
             try:
-                run_after = now() + run_after
+                run_after = now() + max(run_after, timedelta(0))
             except OverflowError:
                 raise ValueError(
                     'options["run_after"] must be before the year 10000.'
@@ -2485,7 +2534,6 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
                     f'{where}["{name}"] is {_shown(value)}: it must be {field.allowed}.'
                 )
                 yield _error(8, fault, f"Set it to {field.allowed}.")
-                return
         yield from _check_overflow(self, f'{where}["OVERFLOW_BACKEND"]')
 
     @functools.cached_property
@@ -2700,7 +2748,7 @@ def _check_overflow(
     backend: SimpleTaskBackend, where: str
 ) -> Iterator[checks.CheckMessage]:
     alias = backend.options.get("OVERFLOW_BACKEND")
-    if alias is None:
+    if not isinstance(alias, str):
         return
     if backend.overflow is None:
         fault = f"{where} is {_shown(alias)}, which is no other engine of TASKS."
@@ -2731,9 +2779,7 @@ class DjangoSimpleTaskConfig(AppConfig):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"__{_LABEL}__")
 
     def ready(self) -> None:
-        setting_changed.connect(
-            lambda **kwargs: _setting.cache_clear(), weak=False, dispatch_uid=_LABEL
-        )
+        setting_changed.connect(_forget_settings, dispatch_uid=_LABEL)
         connection_created.connect(_disconnect, dispatch_uid=_LABEL)
         checks.register(_check_settings)
         checks.register(_check_deployment, deploy=True)

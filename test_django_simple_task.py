@@ -510,6 +510,30 @@ def test_settings_are_read_at_each_call(tmp_path):
     assert printed == "['first', 'at once', 'assigned']\n"
 
 
+def test_a_setting_that_changes_as_it_is_read_is_not_kept(ledger, monkeypatch):
+    """Settings: read late. A job that is just reading the old value keeps it alone."""
+    reading, changed = threading.Event(), threading.Event()
+
+    class Slow(types.ModuleType):
+        def __getattr__(self, name):
+            reading.set()
+            assert changed.wait(HANG)
+            return lambda job: contextlib.nullcontext(ledger.note())
+
+    monkeypatch.setitem(sys.modules, "slow", Slow("slow"))
+    defer(int)
+    assert join(HANG)
+    with mock.patch("django_simple_task._check_configuration"):
+        with configured(AROUND_JOB="slow.around"):
+            defer(int)
+            assert reading.wait(HANG)
+        changed.set()
+    assert join(HANG)
+    defer(int)
+    assert join(HANG)
+    assert len(ledger.runs) == 1
+
+
 def test_a_setting_that_cannot_be_shown_is_named_by_its_type():
     """Settings: bad values. One whose repr() fails is named by its type."""
     with configured(WORKERS=Untellable(ValueError)):
@@ -605,13 +629,15 @@ async def test_a_job_does_not_run_before_its_time(ledger, zone, use_tz):
     assert ledger.runs == [False, True]
 
 
-async def test_a_job_may_wait_until_the_end_of_time():
+@pytest.mark.parametrize("use_tz", [True, False])
+async def test_a_job_may_wait_until_the_end_of_time(use_tz):
     """Deferring: run_after. A time that UTC does not have is a time all the same."""
     before = stats()
     async with serving():
         for end, zone in (datetime.datetime.min, HOUR), (datetime.datetime.max, -HOUR):
-            end = end.replace(tzinfo=datetime.timezone(zone))
-            defer(do_nothing, options={"run_after": end})
+            with override_settings(USE_TZ=use_tz):
+                zone = datetime.timezone(zone) if use_tz else None
+                defer(do_nothing, options={"run_after": end.replace(tzinfo=zone)})
         assert await ajoin(HANG)
         assert since(before) == {"accepted": 2, "scheduled": 1, "succeeded": 1}
 
@@ -1629,27 +1655,47 @@ def test_a_sync_job_meets_a_new_thread_to_asyncio(ledger, leave, closed, leaver)
     assert since(before) == {"accepted": 8, "succeeded": 7, "failed": 1}
 
 
-@pytest.mark.parametrize("how", ["timed out", "two timed out", "left behind"])
+WAYS_TO_HANG = ["timed out", "two timed out", "left behind", "later", "amid the next"]
+
+
+@pytest.mark.parametrize("how", WAYS_TO_HANG)
 async def test_a_thread_that_hangs_after_its_job_is_replaced(ledger, said, hung, how):
     """Where jobs run: replaced threads. One job has ended; nothing waits behind it."""
-    calls = []
+    calls, ended = [], asyncio.Event()
+
+    async def hang_later():
+        await ended.wait()
+        await sync_to_async(hung.job)()
 
     async def job():
+        if how in ("later", "amid the next"):
+            return calls.append(asyncio.ensure_future(hang_later()))
         calls.append(asyncio.ensure_future(sync_to_async(hung.job)()))
         if how == "two timed out":
             calls.append(asyncio.ensure_future(sync_to_async(ledger.note)("never")))
         left = how == "left behind"
         await (off_the_loop(hung.began.wait, 1) if left else asyncio.gather(*calls))
 
+    async def meet():
+        ended.set()
+        await off_the_loop(hung.began.wait, 1)
+        await sync_to_async(do_nothing)()
+
     async with serving():
-        defer(job, options={} if how == "left behind" else {"timeout": 0.3})
+        defer(job, options={"timeout": 0.3} if "timed out" in how else {})
+        if how == "later":
+            assert await ajoin(HANG)  # and the worker is idle
+            ended.set()
+            await off_the_loop(hung.began.wait, 1)
+        elif how == "amid the next":
+            defer(meet)
         for kind in ["sync", "async", "orm"] * 10:
             defer_as(kind, ledger.note)
         await off_the_loop(ledger.wait, 30)
         hung.release.set()
         await asyncio.wait(calls)
     errors = [line.exc_info[0] for line in said.at("ERROR")]
-    assert errors == [TimeoutError] * (how != "left behind")
+    assert errors == [TimeoutError] * ("timed out" in how)
     assert ledger.runs == [None] * 30
 
 
@@ -2535,6 +2581,19 @@ def test_asgiref_keeps_a_local_in_one_variable():
             assert value == {"current": 7} and not hasattr(asgiref.local, "_Storage")
 
 
+def test_asgirefs_context_of_a_single_thread_is_not_inherited(ledger):
+    """Private API of others: names. Where asgiref has one, it is the request's."""
+    kind = getattr(asgiref.sync, "AsyncSingleThreadContext", None)
+    if kind is None:
+        pytest.skip("does not apply: no AsyncSingleThreadContext in this asgiref")
+    variable = AsyncToSync.async_single_thread_context
+    with kind():
+        assert variable.get() is not None
+        defer(lambda: ledger.note(variable.get(None)))
+    assert join(HANG)
+    assert ledger.runs == [None]
+
+
 def test_where_connections_and_marks_are_kept():
     """Private API of others: dicts. Of a thread's connections, of a marked function."""
     found = in_a_thread(lambda: vars(connections._connections._storage))
@@ -2584,6 +2643,25 @@ async def test_what_the_application_does_in_its_lifespan(life, answers, ledger, 
     assert len(ledger.runs) == len(answers) - 1
     raised = [record.exc_info[0] for record in said.at("ERROR")]
     assert raised == [ConnectionError] * life.count("raise")
+
+
+async def test_an_application_may_answer_before_it_asks(ledger):
+    """Startup: failures. Also if its asyncio task begins at once; it is cancelled."""
+
+    async def app(scope, receive, send):
+        await send(failed("startup"))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ledger.note("ended")
+
+    if sys.version_info >= (3, 12):
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    server = Server(django_simple_task_middleware(app))
+    assert await server.startup() == failed("startup")
+    await asyncio.wait_for(server.task, HANG)
+    await asyncio.sleep(0)
+    assert ledger.runs == ["ended"]
 
 
 class Overridden(ASGIHandler):
@@ -3122,6 +3200,28 @@ def test_a_script_that_ends_runs_all_that_waits(jobs, before):
     assert len(told) == bool(jobs)
 
 
+def test_a_server_that_had_a_lifespan_is_not_warned_of_none():
+    """Without a lifespan: background. After one has ended, it is no reason to worry."""
+    script = run_to_its_end(
+        """
+        from conftest import serving
+
+        async def app(scope, receive, send):
+            pass
+
+        async def main():
+            async with serving():
+                await django_simple_task_middleware(app)({"type": "http"}, None, None)
+
+        asyncio.run(main())
+        defer(int)
+        """
+    )
+    assert (
+        len([each for each in lines_at("INFO", script) if "No lifespan" in each]) == 1
+    )
+
+
 needs_threads_at_exit = pytest.mark.skipif(
     (3, 12) <= sys.version_info < (3, 12, 2),
     reason="does not apply: this Python starts no thread at its end",
@@ -3367,6 +3467,68 @@ def test_a_loss_is_told_where_no_thread_can_be_started():
     assert "lost in flight job=__main__.hang" in script.stderr
 
 
+def test_what_outlives_a_dead_loop_in_a_thread_is_reported_at_the_end():
+    """Without a lifespan: exit. Also if another job has found before that it is dead."""
+    script = run_script(
+        """
+        from conftest import Hung, Server, plain_app
+
+        async def start():
+            await Server(django_simple_task_middleware(plain_app)).startup()
+
+        def late():
+            hung.began.note()
+            closed.wait(10)
+            return asyncio.sleep(0)
+
+        hung, closed, loop = Hung(None), threading.Event(), asyncio.new_event_loop()
+        loop.run_until_complete(start())
+        for job in hung.job, late:
+            defer(job)
+        hung.began.wait(2)
+        loop.close()
+        closed.set()
+        while not stats()["lost"]:
+            time.sleep(0.01)
+        """,
+        DJANGO_SIMPLE_TASK_WORKERS=2,
+    )
+    assert script.returncode == 0, script.stderr
+    for name in "late", "Hung.job":
+        assert re.search(rf"lost in flight job=\S+{name} ", script.stderr), (
+            script.stderr
+        )
+
+
+def test_a_job_that_is_due_wakes_a_server_that_lives():
+    """Several lifespans: at once. Not one whose loop was closed without a shutdown."""
+    script = run_script(
+        """
+        from datetime import timedelta
+        from conftest import Server, plain_app, serving
+
+        async def start():
+            await Server(django_simple_task_middleware(plain_app)).startup()
+
+        async def job():
+            print("ran")
+            ran.set()
+
+        async def main():
+            async with serving():
+                assert await ajoin(10)  # and all workers are idle
+                defer(job, options={"run_after": timedelta(seconds=0.1)})
+                dead.close()
+                await asyncio.to_thread(ran.wait, 10)
+
+        dead, ran = asyncio.new_event_loop(), threading.Event()
+        dead.run_until_complete(start())
+        asyncio.run(main())
+        """
+    )
+    assert (script.returncode, script.stdout) == (0, "ran\n"), script.stderr
+
+
 def test_the_exit_ends_though_jobs_are_deferred_for_ever():
     """Without a lifespan: exit. One grace period is for all that still comes."""
     script = run_script(
@@ -3378,7 +3540,8 @@ def test_the_exit_ends_though_jobs_are_deferred_for_ever():
                     defer(threading.Event().wait)
                     time.sleep(0.02)
 
-        import contextlib
+        import atexit, contextlib
+        atexit.register(lambda: print(stats()["pending"] + stats()["in_flight"]))
         first = threading.Barrier(2)
         threading.Thread(target=defer_for_ever, daemon=True).start()
         first.wait(10)
@@ -3386,7 +3549,7 @@ def test_the_exit_ends_though_jobs_are_deferred_for_ever():
         timeout=HANG / 2,
         DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=0.2,
     )
-    assert script.returncode == 0, script.stderr
+    assert (script.returncode, script.stdout) == (0, "0\n"), script.stderr
     assert "lost in flight job=threading.Event.wait" in script.stderr
 
 
@@ -3922,6 +4085,9 @@ def test_defer_refuses_what_a_task_has_not(tasks):
     with pytest.raises(ValueError, match="before the year 10000"):
         defer(jot, options={"run_after": timedelta.max})
     assert since(before) == {}
+    defer(jot, {"args": ["long ago"]}, options={"run_after": timedelta.min})
+    assert join(HANG)
+    assert scene.ledger.runs == ["long ago"]
 
 
 @pytest.mark.parametrize("use_tz", [True, False])
@@ -4025,20 +4191,22 @@ def test_a_result_keeps_nothing_of_its_caller(one, no_server, no_log):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="does not apply: no fork here")
-def test_ids_of_results_in_two_processes(no_server):
+@pytest.mark.parametrize("preloaded", [False, True])
+def test_ids_of_results_in_two_processes(no_server, preloaded):
     """django.tasks: results. Random ids, a forked child's too; results stay at home."""
     script = f"""
         import warnings
         from {TASKS_NAME} import task
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
         job = task(lambda: None)
-        mine = job.enqueue()
+        mine = None if {preloaded} else job.enqueue()
         assert join(10)
         child = os.fork()
+        assert child or not stats()["accepted"]
         ids = [job.enqueue().id for _ in range(100)]
         os.write(1, " ".join([*ids, ""]).encode())  # in one piece
         try:
-            mine.refresh()
+            job.get_result("unknown" if {preloaded} else mine.id)
         except Exception as error:
             os.write(2, str(error).encode())
         assert join(10)
@@ -4046,7 +4214,7 @@ def test_ids_of_results_in_two_processes(no_server):
         os._exit(0)
     """
     run = run_to_its_end(script, TASKS={"default": TASKS["default"]})
-    assert run.stderr.count("process that took the Task") == 1
+    assert run.stderr.count("process that took the Task") == 1 + preloaded
     ids = run.stdout.split()
     assert len(ids) == len({*ids}) == 200
     assert all(re.fullmatch(r"\w{22,64}", each) for each in ids)
@@ -4432,6 +4600,13 @@ def test_options_are_checked(options, no_server):
     assert "default" in error.msg
     assert (str(raised.value), error.level) == (error.msg, checks.ERROR)
     assert error.hint
+
+
+def test_all_faults_of_the_options_are_named_at_once(no_server):
+    """django.tasks: checks. An error for each option that is bad."""
+    bad = {"MAX_RESULTS": -1, "TIMEOUT": 0, "OVERFLOW_BACKEND": 5, "other": 1}
+    with override_settings(TASKS={"default": simple_tasks(**bad)}):
+        assert len(check_tasks()) == len(bad)
 
 
 @pytest.mark.parametrize("ours", [["default"], ["default", "low"], []])
