@@ -80,6 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 urlpatterns: list[object] = []
 
+
+def long(*values):
+    """Have a case of a test run in .ci/run only."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 STARTED = {"type": "lifespan.startup.complete"}
 ENDED = {"type": "lifespan.shutdown.complete"}
 

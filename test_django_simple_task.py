@@ -70,7 +70,6 @@ from django.urls import get_urlconf, set_urlconf
 from django.utils import timezone, translation
 from django.utils.asyncio import async_unsafe
 from hypothesis import stateful
-from hypothesis import strategies as some
 from hypothesis import strategies as st
 
 import django_simple_task
@@ -118,6 +117,7 @@ from conftest import (
     in_a_thread,
     in_flight,
     lines_at,
+    long,
     loop_in_a_thread,
     mortal,
     off_the_loop,
@@ -251,9 +251,7 @@ def test_the_public_names():
 
 async def test_the_spelling_of_0_1_works_and_warns():
     """Public names: old spelling. It wraps an application; a DeprecationWarning."""
-    with pytest.warns(
-        DeprecationWarning, match="django_simple_task_middleware"
-    ) as told:
+    with pytest.warns(DeprecationWarning, match="simple_task_middleware") as told:
         app = django_simple_task.django_simple_task_middlware(plain_app, asgi_version=3)
     assert [warning.filename for warning in told] == [__file__]
     server = Server(app)
@@ -347,7 +345,7 @@ BAD_SETTINGS = {
     "IMMEDIATE": ([None, 0, 1, "1", "True"], ["True", "False"]),
     "AROUND_JOB": ([0, True, "", "os", "a.b", "os.sep", "os.no_such"], ["callable"]),
 }
-LETTERS = some.text("abcdefghijklmnopqrstuvwxyz ", max_size=20)
+LETTERS = st.text("abcdefghijklmnopqrstuvwxyz ", max_size=20)
 
 
 def our_checks(**kwargs):
@@ -370,7 +368,7 @@ def test_a_bad_setting_stops_everything_in_the_same_words(nothing_serves, name):
     values, allowed = BAD_SETTINGS[name]
 
     @examples
-    @hypothesis.given(some.sampled_from(values) | LETTERS | some.lists(LETTERS))
+    @hypothesis.given(st.sampled_from(values) | LETTERS | st.lists(LETTERS))
     def check(value):
         before = stats()
         with configured(**{name: value}):
@@ -543,14 +541,14 @@ def test_a_setting_that_cannot_be_shown_is_named_by_its_type():
 
 # Deferring
 
-VALUES = some.integers() | some.text() | some.lists(some.none())
-KWARGS = some.dictionaries(some.text(), VALUES).map(types.MappingProxyType)
+VALUES = st.integers() | st.text() | st.lists(st.none())
+KWARGS = st.dictionaries(st.text(), VALUES).map(types.MappingProxyType)
 
 
 @examples
 @hypothesis.given(
-    some.none() | some.lists(VALUES) | some.lists(VALUES).map(collections.UserList),
-    some.none() | KWARGS,
+    st.none() | st.lists(VALUES) | st.lists(VALUES).map(collections.UserList),
+    st.none() | KWARGS,
 )
 @hypothesis.example(range(2), dict.fromkeys(["func", "self", "job", "args"]))
 def test_arguments_reach_the_job(args, kwargs):
@@ -586,7 +584,7 @@ def test_containers_are_copied_and_contents_are_not(ledger):
 
 
 @examples
-@hypothesis.given(some.lists(some.none() | some.integers(-100, 100), max_size=12))
+@hypothesis.given(st.lists(st.none() | st.integers(-100, 100), max_size=12))
 @hypothesis.example([0, -100, 100, 0, 7, None, 7, -100, 100])
 @hypothesis.example([None] * 300)
 def test_jobs_run_by_priority(priorities):
@@ -713,7 +711,7 @@ async def test_a_job_that_ignores_its_cancellation_goes_on(ledger):
 
 
 @examples
-@hypothesis.given(some.integers(1, 5), some.integers(1, 6), some.booleans())
+@hypothesis.given(st.integers(1, 5), st.integers(1, 6), st.booleans())
 def test_a_job_that_fails_is_tried_again(attempts, successful, is_async):
     """Deferring: max_attempts. On an Exception, until one succeeds or was the last."""
     faults = [ValueError] * (successful - 1) + [None] * attempts
@@ -727,7 +725,7 @@ def test_the_wait_before_an_attempt_grows(said, immediate):
     """Deferring: backoff. It doubles each time, to an hour, give or take a tenth."""
 
     @examples
-    @hypothesis.given(some.floats(0, 100) | some.floats(0, 1e308), some.integers(2, 20))
+    @hypothesis.given(st.floats(0, 100) | st.floats(0, 1e308), st.integers(2, 20))
     @hypothesis.example(5e-324, 100)
     @hypothesis.example(1e308, 100)
     @hypothesis.example(None, 14)
@@ -787,14 +785,11 @@ def test_a_thread_sensitive_job_cannot_block_its_own_thread():
     assert "would deadlock" in script.stderr
 
 
-class Number(enum.IntEnum):
-    TWO = 2
-
-
 def test_values_of_a_subclass_become_plain(said):
     """Deferring: plain values. An IntEnum and a NumPy number are what they say."""
     numpy = pytest.importorskip("numpy", reason="NumPy is not installed")
-    options = {"priority": Number.TWO, "max_attempts": Number.TWO}
+    two = enum.IntEnum("Number", {"TWO": 2}).TWO
+    options = {"priority": two, "max_attempts": two}
     options |= {"timeout": numpy.float64(90), "backoff": numpy.float64(0)}
     with busy_worker():
         defer(int, options={"priority": 1})
@@ -1020,24 +1015,22 @@ async def test_coroutine_objects_are_refused(recwarn):
     assert stats() == before
 
 
-NO_TIMES = some.timedeltas(max_value=timedelta(0))
-JUNK = some.text() | some.binary() | some.lists(some.none())
-NO_NUMBER = JUNK | some.booleans() | some.none()
-NOWHERE = some.sampled_from([math.nan, math.inf, -math.inf]) | some.integers(
-    max_value=-1
-)
+NO_TIMES = st.timedeltas(max_value=timedelta(0))
+JUNK = st.text() | st.binary() | st.lists(st.none())
+NO_NUMBER = JUNK | st.booleans() | st.none()
+NOWHERE = st.sampled_from([math.nan, math.inf, -math.inf]) | st.integers(max_value=-1)
 WRONG_OPTIONS = [
-    ("thread_sensitive", TypeError, JUNK | some.integers() | some.none()),
-    ("priority", TypeError, NO_NUMBER | some.floats()),
-    ("priority", ValueError, some.integers(101) | some.integers(max_value=-101)),
-    ("max_attempts", TypeError, NO_NUMBER | some.floats()),
-    ("max_attempts", ValueError, some.integers(101) | some.integers(max_value=0)),
-    ("timeout", TypeError, JUNK | some.booleans()),
-    ("timeout", ValueError, NOWHERE | some.sampled_from([0, 0.0]) | NO_TIMES),
+    ("thread_sensitive", TypeError, JUNK | st.integers() | st.none()),
+    ("priority", TypeError, NO_NUMBER | st.floats()),
+    ("priority", ValueError, st.integers(101) | st.integers(max_value=-101)),
+    ("max_attempts", TypeError, NO_NUMBER | st.floats()),
+    ("max_attempts", ValueError, st.integers(101) | st.integers(max_value=0)),
+    ("timeout", TypeError, JUNK | st.booleans()),
+    ("timeout", ValueError, NOWHERE | st.sampled_from([0, 0.0]) | NO_TIMES),
     ("backoff", TypeError, NO_NUMBER),
     ("backoff", ValueError, NOWHERE | NO_TIMES.map(lambda time: time - HOUR / 9)),
-    ("run_after", TypeError, JUNK | some.booleans() | some.floats() | some.dates()),
-    ("run_after", ValueError, some.datetimes()),
+    ("run_after", TypeError, JUNK | st.booleans() | st.floats() | st.dates()),
+    ("run_after", ValueError, st.datetimes()),
 ]
 
 
@@ -1842,10 +1835,7 @@ async def test_async_to_sync_after_a_job_that_ran_a_loop_of_its_own(ledger):
 @pytest.mark.parametrize("immediately", [False, True])
 @pytest.mark.parametrize("whence", PLACES)
 def test_a_job_runs_in_a_copy_of_the_context_of_its_caller(ledger, whence, immediately):
-    """
-    Context: copied, not shared. As it was at the call, in any thread, but for the
-    urlconf; what an attempt sets is seen by no other, by no caller, and not later.
-    """
+    """Context: copied, not shared. As it was at the call, but for the urlconf."""
 
     def job(kind):
         ledger.note((kind, place(), seen()))
@@ -2165,10 +2155,6 @@ def test_what_surrounds_a_job_decides_on_it(ledger, lines, step, kind, error):
 # Failures
 
 
-class OwnBaseException(BaseException):
-    pass
-
-
 EVIL = property(lambda self: raises(ValueError))
 
 
@@ -2185,7 +2171,10 @@ def recur():
 ERRORS = [ValueError, StopIteration, StopAsyncIteration, TimeoutError]
 ERRORS += [recur, lambda: bytearray(sys.maxsize), partial(Untellable, ValueError)]
 FATAL = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
-FATAL += [OwnBaseException, lambda: BaseExceptionGroup("", [SystemExit(), OSError()])]
+FATAL += [
+    type("Own", (BaseException,), {}),
+    lambda: BaseExceptionGroup("", [SystemExit(), OSError()]),
+]
 
 
 @pytest.mark.parametrize("fault", [SystemExit, GeneratorExit, KeyboardInterrupt])
@@ -2194,11 +2183,8 @@ def test_an_error_that_cannot_be_told_does_not_get_out(fault, immediate):
     before, ctrl_c = stats(), fault is KeyboardInterrupt
     with pytest.raises(fault) if ctrl_c else contextlib.nullcontext():
         defer(lambda: raises(Untellable(fault)), options={**TWICE, "backoff": 0})
-    assert since(before) == {
-        "accepted": 1,
-        "failed": 1,
-        **({} if ctrl_c else {"retried": 1}),
-    }
+    retried = {} if ctrl_c else {"retried": 1}
+    assert since(before) == {"accepted": 1, "failed": 1, **retried}
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
@@ -2695,7 +2681,7 @@ MESSAGES.append({"type": "lifespan.startup"})
 
 
 @examples
-@hypothesis.given(some.lists(some.sampled_from(MESSAGES), max_size=4))
+@hypothesis.given(st.lists(st.sampled_from(MESSAGES), max_size=4))
 @hypothesis.example([*MESSAGES, MESSAGES[-1]])
 def test_each_message_has_its_answer(messages):
     """Startup: answers. Twice, all at once; what makes no sense is warned of."""
@@ -2838,10 +2824,7 @@ async def test_retries_that_wait_run_at_once(said):
 
 
 async def test_the_application_starts_before_the_jobs_and_shuts_down_after(ledger):
-    """
-    Shutdown: the application's shutdown. Between the two, and after them, jobs run; it
-    has one asyncio task, and the state of the server.
-    """
+    """Shutdown: the application's shutdown. Jobs run before and after it."""
     state, tasks = {}, set()
 
     async def act(scope):
@@ -2874,20 +2857,13 @@ async def enqueues(scope):
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "shutdown",
-    [None, *(pytest.param(each, marks=pytest.mark.long) for each in (hangs, enqueues))],
-)
-@pytest.mark.parametrize(
-    ("what", "where"),
-    [
-        *(("line", text) for text in ("finished", "draining", "in flight", "lost=")),
-        ("receiver", "task_started"),
-        ("receiver", "task_finished"),
-        ("connection", "close_if_unusable_or_obsolete"),
-        ("chain", "of jobs"),
-    ],
-)
+HOLD_UPS = [("line", text) for text in ("finished", "draining", "in flight", "lost=")]
+HOLD_UPS += [("receiver", "task_started"), ("receiver", "task_finished")]
+HOLD_UPS += [("connection", "close_if_unusable_or_obsolete"), ("chain", "of jobs")]
+
+
+@pytest.mark.parametrize("shutdown", [None, long(hangs), long(enqueues)])
+@pytest.mark.parametrize(("what", "where"), HOLD_UPS)
 async def test_nothing_holds_the_shutdown_up(what, where, shutdown, hung, said):
     """Shutdown: grace period. Whatever hangs in a line, a receiver, a connection."""
     app = app_with_a_lifespan(shutdown=shutdown) if shutdown else plain_app
@@ -2904,9 +2880,7 @@ async def test_nothing_holds_the_shutdown_up(what, where, shutdown, hung, said):
         hung.began.wait(2)  # a job, and what was to hang
 
 
-@pytest.mark.parametrize(
-    "kind", ["jobs", pytest.param("Tasks", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kind", ["jobs", long("Tasks")])
 async def test_a_full_queue_does_not_hold_the_shutdown_up(kind, hung, said):
     """Shutdown: grace period. The 100,000 that may wait are lost within a second."""
     before, enqueue = stats(), partial(defer, do_nothing)
@@ -2925,12 +2899,7 @@ async def test_a_full_queue_does_not_hold_the_shutdown_up(kind, hung, said):
 
 
 async def test_what_is_lost_is_reported_once_for_each_function(hung, said):
-    """
-    Shutdown: reports. Coroutines are cancelled, threads abandoned; there is a line for
-    each of them, and one for each name among the jobs that have not begun. All comes
-    before the answer, as the server may end the process with it, and even then the
-    application has a second to shut down.
-    """
+    """Shutdown: reports. Before the answer, with which a server may end the process."""
     before, cancelled, seen = stats(), [], []
 
     def first():
@@ -2975,10 +2944,7 @@ async def test_what_is_lost_is_reported_once_for_each_function(hung, said):
     assert [len({*ids}) for _, ids in said.lost().values()] == [20, 20]
 
 
-LONG = pytest.param(2, 600, marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize(("times", "grace"), [(1, 600), (1, "soon"), LONG])
+@pytest.mark.parametrize(("times", "grace"), [(1, 600), (1, "soon"), long(2, 600)])
 async def test_a_drain_that_takes_time_says_what_it_waits_for(times, grace, hung, said):
     """Shutdown: draining lines. The first soon, and one every 5 seconds."""
     async with serving(WORKERS=2) as server:
@@ -3006,15 +2972,12 @@ async def test_a_drain_that_takes_time_says_what_it_waits_for(times, grace, hung
     assert all("'soon'" in each and "no limit" in each for each in errors)
 
 
+LAST_LINES = [("finished", do_nothing, 1, "succeeded"), ("failed", fail, 1, "failed")]
+LAST_LINES += [("will be retried", fail, 2, "lost")]
+
+
 @pytest.mark.parametrize("how", ["shutdown", "cancel"])
-@pytest.mark.parametrize(
-    ("line", "job", "attempts", "outcome"),
-    [
-        ("finished", do_nothing, 1, "succeeded"),
-        ("failed", fail, 1, "failed"),
-        ("will be retried", fail, 2, "lost"),
-    ],
-)
+@pytest.mark.parametrize(("line", "job", "attempts", "outcome"), LAST_LINES)
 async def test_a_job_that_is_told_of_at_the_end_keeps_its_outcome(
     line, job, attempts, outcome, how, hung, said
 ):
@@ -3162,10 +3125,7 @@ NO_FORK = "import asyncio, os, random; del os.register_at_fork\n"
 
 @pytest.mark.parametrize(("jobs", "before"), [(0, ""), (1000, ""), (1000, NO_FORK)])
 def test_a_script_that_ends_runs_all_that_waits(jobs, before):
-    """
-    Without a lifespan: background. It says so once, and runs all that waits when the
-    script ends; a defer after the drain is told that it is too late.
-    """
+    """Without a lifespan: background. It says so once; a defer after the drain fails."""
     script = run_to_its_end(
         f"""
         import atexit
@@ -3367,10 +3327,7 @@ ENDS_OF_DRAINS.append(("hung.job", "SIGALRM"))
 
 @pytest.mark.parametrize(("job", "ending"), ENDS_OF_DRAINS)
 def test_the_drain_at_exit_has_an_end(job, ending):
-    """
-    Without a lifespan: exit. The grace period, Ctrl-C and SystemExit end it, whatever a
-    job does, and what is lost is reported.
-    """
+    """Without a lifespan: exit. A grace period, Ctrl-C or SystemExit end the drain."""
     body = AMID_THE_DRAIN + HANGING.replace("JOB", job).replace("ENDING", repr(ending))
     grace = 0.3 if ending == "grace period" else None
     script = run_script(body, DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=grace)
@@ -3579,10 +3536,7 @@ def test_a_full_queue_whose_server_died_is_served():
 
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.4, "lost")])
 def test_a_lifespan_takes_over_what_waits(ledger, said, grace, outcome):
-    """
-    Without a lifespan: take-over. In its order; what is in flight ends there, and the
-    drain waits for it.
-    """
+    """Without a lifespan: take-over. In its order; what is in flight ends there."""
     gate, before = threading.Event(), stats()
 
     async def flaky():
@@ -3902,11 +3856,7 @@ async def echo(scope, receive, send):
     await send({"scope": scope, "received": await receive()})
 
 
-def echo_of_version_2(scope):
-    return functools.partial(echo, scope)
-
-
-@pytest.mark.parametrize("app", [echo, echo_of_version_2])
+@pytest.mark.parametrize("app", [echo, lambda scope: partial(echo, scope)])
 @pytest.mark.parametrize("asgi_version", [2, 3])
 async def test_applications_of_asgi_2_and_3_are_taken_and_given(app, asgi_version):
     """ASGI: versions. Both ways, and the parameters by position or by name."""
@@ -4247,7 +4197,7 @@ def test_no_repr_shows_arguments_or_values(password, tasks):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda some: st.lists(some) | st.tuples(some) | st.dictionaries(st.text(), some),
+    lambda each: st.lists(each) | st.tuples(each) | st.dictionaries(st.text(), each),
     max_leaves=10,
 )
 
@@ -4432,10 +4382,6 @@ def test_receivers_in_the_context_of_the_task(way, tasks):
     assert done(WAYS[way](read_context)).return_value == ["nobody's", "en", None]
 
 
-def raise_oserror():
-    raise OSError("the database is down")
-
-
 def test_the_end_of_what_is_lost_with_its_loop_is_told(no_server):
     """django.tasks: signals. Also when that was closed without a shutdown."""
     script = f"""
@@ -4567,15 +4513,13 @@ def test_an_alias_chosen_where_a_task_is_made(tasks, lines):
 
 
 BAD = float("nan"), float("inf"), -1, "10", b"10", True
+NO_ENGINES = 5, ["elsewhere"], "unknown", "default", "few"
 BAD_OPTIONS_OF_A_BACKEND = [
     *[{"MAX_RESULTS": bad} for bad in (*BAD, None, 1.5)],
     *[{"TIMEOUT": bad} for bad in (*BAD, 0, timedelta(0))],
     *[{"MAX_ATTEMPTS": bad} for bad in (*BAD, 0, 101, 1.5, None)],
     *[{"BACKOFF": bad} for bad in (*BAD, timedelta(-1), None)],
-    *[
-        {"OVERFLOW_BACKEND": bad}
-        for bad in (5, ["elsewhere"], "unknown", "default", "few")
-    ],
+    *[{"OVERFLOW_BACKEND": bad} for bad in NO_ENGINES],
     *[{"MAX_RETRIES": 3}, {5: 5}, "OPTIONS", ["OPTIONS"], 5, None],
 ]
 
@@ -4793,15 +4737,14 @@ def test_an_overflow_that_is_slow_or_broken(no_server):
     over = jot.using(backend="over")
 
     async def enqueue():
-        turn = partial(
-            asyncio.run_coroutine_threadsafe, loop=asyncio.get_running_loop()
-        )
-        scene.as_it_takes = lambda: turn(asyncio.sleep(0)).result(HANG)
+        turn = partial(asyncio.run_coroutine_threadsafe, asyncio.sleep(0))
+        loop = asyncio.get_running_loop()
+        scene.as_it_takes = lambda: turn(loop).result(HANG)
         return await over.aenqueue("slow")
 
     with full_queue():
         assert asyncio.run(enqueue()).backend == "elsewhere"
-        scene.as_it_takes = raise_oserror
+        scene.as_it_takes = partial(raises, OSError("the database is down"))
         for way in ("thread", "aenqueue"):
             with pytest.raises(OSError, match="down"):
                 WAYS[way](over, "nowhere")
@@ -4851,14 +4794,12 @@ def test_at_shutdown_tasks_are_handed_over(no_server, said, caplog):
 
 
 FAULTS = {
-    "breaks": lambda: scene.taken and raise_oserror(),
+    "breaks": lambda: scene.taken and raises(OSError),
     "hangs": lambda: scene.taken and scene.release.wait(HANG),
 }
 
 
-@pytest.mark.parametrize(
-    "fault", ["breaks", pytest.param("hangs", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("fault", ["breaks", long("hangs")])
 def test_an_overflow_at_fault_at_shutdown(fault, no_server, said):
     """Overflow: shutdown. It costs its Tasks, lost and reported, or five seconds."""
     before, scene.as_it_takes = stats(), FAULTS[fault]
@@ -5026,14 +4967,11 @@ KEPT = {
 }
 
 
-IN_CI = [pytest.param(kept, marks=pytest.mark.long) for kept in ("max-age-0", "pool")]
+IN_CI = [long("max-age-0"), long("pool")]
 
 
 def test_no_two_jobs_in_flight_share_a_connection(run_with_either):
-    """
-    Database: no shared connections. Four jobs of any kinds meet amid their queries, and
-    have four.
-    """
+    """Database: no shared connections. Four jobs meet amid their queries, with four."""
     run_with_either(
         """
         barrier, seen = threading.Barrier(4, timeout=HANG), []
@@ -5057,11 +4995,7 @@ def test_no_two_jobs_in_flight_share_a_connection(run_with_either):
 
 
 def test_no_connection_is_left_open(run_with_either):
-    """
-    Database: closed between jobs. With CONN_MAX_AGE 0 no session is left to the next
-    job nor to an idle worker, however a job ends, a connection is made or fails to
-    close, nor by a logging handler.
-    """
+    """Database: closed between jobs. With CONN_MAX_AGE 0, however a job ends."""
     result = run_with_either(
         """
         import gc
@@ -5097,10 +5031,7 @@ def test_no_connection_is_left_open(run_with_either):
 
 
 def test_a_connection_is_kept_for_its_maximum_age(run_with_either):
-    """
-    Database: closed between jobs. A worker has one, replaces it if it grew too old, and
-    closes it when it ends; what DEBUG keeps of queries is dropped.
-    """
+    """Database: closed between jobs. Else a worker keeps one, until that is too old."""
     run_with_either(
         """
         def job():
@@ -5132,10 +5063,7 @@ def test_a_connection_is_kept_for_its_maximum_age(run_with_either):
 
 @pytest.mark.parametrize("kept", ["unchecked", "max-age-600", *IN_CI])
 def test_a_restart_of_the_database_fails_only_jobs_in_flight(kept, postgresql):
-    """
-    Database: restart. All sessions are cut. Later jobs do not fail, but for one of each
-    thread if connections are kept and not checked; each thread keeps one at most.
-    """
+    """Database: restart. No later job fails; unchecked, one of each thread does."""
     checked = kept != "unchecked"  # else a query may fail at once
     postgresql(
         f"""
@@ -5158,10 +5086,7 @@ def test_a_restart_of_the_database_fails_only_jobs_in_flight(kept, postgresql):
 
 
 def test_a_transaction_left_open_does_not_pass_on(run_with_either):
-    """
-    Database: transactions do not pass on. What a job leaves open is rolled back as it
-    ends, although nothing comes after it, and the next one has a clean connection.
-    """
+    """Database: transactions do not pass on. What a job leaves open is rolled back."""
     run_with_either(
         """
         def atomic():
@@ -5210,10 +5135,7 @@ def test_a_pooled_connection_goes_back_after_each_job(postgresql):
 
 
 def test_an_async_job_keeps_its_connection_until_it_ends(postgresql):
-    """
-    Database: async ORM. All its queries are in one session, with the schema that
-    AROUND_JOB set there, while other jobs come and go; then no session is left.
-    """
+    """Database: async ORM. All queries are in one session, as AROUND_JOB left that."""
     postgresql(
         """
         from contextlib import asynccontextmanager, nullcontext
@@ -5281,10 +5203,7 @@ assert stats()["succeeded"] == 60, stats()
 
 @pytest.mark.parametrize("kept", ["sqlite", "max-age-600", *IN_CI])
 def test_a_test_database_can_be_destroyed_that_jobs_have_used(kept, request, tmp_path):
-    """
-    Database: test databases. After tests of all kinds no idle worker is in the way; in
-    a TransactionTestCase jobs see the test's data (on SQLite if that is in a file).
-    """
+    """Database: test databases. After tests of any kind no idle worker is in the way."""
     backend = "sqlite" if kept == "sqlite" else "postgresql"
     test = {"NAME": str(tmp_path / "test.sqlite3")} if backend == "sqlite" else {}
     request.getfixturevalue(backend)(
@@ -5306,19 +5225,16 @@ def test_a_test_database_can_be_destroyed_that_jobs_have_used(kept, request, tmp
 WSGI = {"gunicorn-wsgi", "runserver"}
 NO_LIFESPAN = {*WSGI, "uvicorn-off", "granian-asginl", "daphne", "runserver-daphne"}
 TERM, INT = signal.SIGTERM, signal.SIGINT
-ENDED_BY = {"uvicorn-off": INT, "runserver": INT}  # the others by SIGTERM
+ENDED_BY = {"uvicorn-off": INT, "runserver": INT}  # as README says; others by SIGTERM
 
 
-LONG_SERVERS = [pytest.param(name, marks=pytest.mark.long) for name in [*SERVERS][1:]]
-of_every_server = pytest.mark.parametrize("name", ["uvicorn", *LONG_SERVERS])
+each_server = ["uvicorn", *map(long, [*SERVERS][1:])]
+of_every_server = pytest.mark.parametrize("name", each_server)
 
 
 @of_every_server
 def test_a_server_runs_each_waiting_job_before_it_ends(name, tmp_path):
-    """
-    Servers: drain on SIGTERM. Each job runs once; a lack of lifespan is told, with a
-    warning where the middleware has seen it (two servers want SIGINT: README says so).
-    """
+    """Servers: drain on SIGTERM. Each job runs once; a lack of lifespan is told."""
     with served(tmp_path, name) as site:
         site.ends("run", ENDED_BY.get(name, TERM))
         assert ("No lifespan" in site.log) is (name in NO_LIFESPAN)
@@ -5609,7 +5525,7 @@ class AnySequence(stateful.RuleBasedStateMachine):
             lifespan.wait()
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [15, long(1000)])
 def test_any_sequence_of_events_keeps_to_the_model(examples, nothing_serves):
     """Model: any sequence. Accounts close, order holds, and nothing is lost."""
     settings = hypothesis.settings(
@@ -5712,7 +5628,7 @@ def simulate(seed):
     assert [told[each] for each in ENDS] == [counts[ENDS[each]] for each in ENDS]
 
 
-@pytest.mark.parametrize("seeds", [6, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seeds", [6, long(400)])
 @pytest.mark.filterwarnings("ignore:coroutine")  # of a loop that ends in between
 def test_any_interleaving_keeps_to_the_model(seeds, nothing_serves):
     """Simulation: any interleaving. No wake-up is missed, and no job runs twice."""
