@@ -170,6 +170,18 @@ async def serving(app=plain_app, **ours):
                 await server.shutdown()
 
 
+def stopped_loop(act=None):
+    """Return a loop that turns no more, after a startup and an act of a coroutine."""
+
+    async def begin():
+        await Server(django_simple_task_middleware(plain_app)).startup()
+        await (act() if act else asyncio.sleep(0))
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    return loop
+
+
 @contextlib.contextmanager
 def serving_in_a_thread():
     """Serve on a loop of another thread; give the loop, and a function that ends it."""
@@ -536,6 +548,15 @@ async def afail():
 
 def raises(error):
     raise error
+
+
+@contextlib.contextmanager
+def ctrl_c_raising(error):
+    handler = signal.signal(signal.SIGINT, lambda *args: raises(error))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 EACH_KIND = ["sync", "async", "thread_sensitive", "orm", "awaitable"]

@@ -105,6 +105,7 @@ from conftest import (
     busy_worker,
     call_in,
     configured,
+    ctrl_c_raising,
     customer,
     defer_as,
     do_nothing,
@@ -1431,13 +1432,9 @@ def test_ctrl_c_while_a_helper_runs_an_immediate_job(immediate, lines):
         signal.pthread_kill(main, signal.SIGINT)
         release.wait(HANG)
 
-    handler = signal.signal(signal.SIGINT, lambda *args: raises(KeyboardInterrupt))
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            called(True, partial(defer, job))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        release.set()
+    with ctrl_c_raising(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        called(True, partial(defer, job))
+    release.set()
     assert [event_of(line) for line in lines.runs] == ["deferred", "failed"]
 
 
@@ -2461,9 +2458,7 @@ def test_an_interruption_of_the_caller_is_not_swallowed(amid, expected):
                 interrupt()
             return "tests"
 
-    handler = signal.signal(signal.SIGINT, lambda *args: raises(expected))
-    with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGINT, handler)
+    with ctrl_c_raising(expected), contextlib.ExitStack() as stack:
         if amid == "task_enqueued":
             stack.enter_context(override_settings(TASKS=TASKS))
             call = tasks_package().task(do_nothing).enqueue
@@ -3178,71 +3173,6 @@ def test_the_drain_at_exit_may_use_threads_processes_names_and_the_orm():
     assert script.stdout.split("\n")[:-1] == "the ORM,early,9,thread,the ORM".split(",")
 
 
-@needs_threads_at_exit
-def test_a_thread_may_defer_when_the_main_thread_has_ended():
-    """Without a lifespan: exit. While Python waits for that thread, jobs run."""
-    script = run_to_its_end(
-        """
-        def late():
-            threading.main_thread().join()
-            defer(print, {"args": ["ran"]})
-            assert join(10)
-
-        threading.Thread(target=late).start()
-        """
-    )
-    assert script.stdout.split() == ["ran"]
-
-
-@needs_threads_at_exit
-def test_a_server_may_go_on_when_the_main_thread_has_ended():
-    """Without a lifespan: exit. While Python waits for its thread, it keeps its jobs."""
-    script = run_to_its_end(
-        """
-        def main_thread_lives():
-            return threading.main_thread().is_alive()
-
-        def job():
-            while main_thread_lives():
-                time.sleep(0.01)
-
-        async def serve():
-            async with serving():
-                up.set()
-                while main_thread_lives():
-                    await asyncio.sleep(0.01)
-
-        up = threading.Event()
-        threading.Thread(target=asyncio.run, args=[serve()]).start()
-        up.wait(10)
-        defer(job)
-        defer(print, {"args": ["ran"]})
-        """,
-        "from conftest import serving\n",
-    )
-    assert script.stdout.split() == ["ran"], script.stderr
-
-
-def test_ctrl_c_amid_the_first_defer_leaves_the_drain_at_exit():
-    """Without a lifespan: exit. What a shell then defers is drained all the same."""
-    script = run_to_its_end(
-        """
-        def interrupt(frame, event, function):
-            if event == "c_return" and function is os.register_at_fork:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        sys.setprofile(interrupt)
-        try:
-            defer(print, {"args": ["not queued"]})
-        except KeyboardInterrupt:
-            defer(time.sleep, {"args": [0.3]})
-            defer(print, {"args": ["ran"]})
-        """
-    )
-    assert script.stdout.split() == ["ran"], script.stderr
-
-
 HANGING = """
 from conftest import Hung
 
@@ -3289,10 +3219,7 @@ def test_the_drain_at_exit_has_an_end(job, ending):
 
 
 DYING = """
-from conftest import Server, plain_app
-
-async def start():
-    await Server(django_simple_task_middleware(plain_app)).startup()
+from conftest import stopped_loop
 
 def job():
     taken.set()
@@ -3303,8 +3230,7 @@ def fill():
     for _ in range(5):
         defer(print, {"args": ["ran"]})
 
-taken, closed, loop = threading.Event(), threading.Event(), asyncio.new_event_loop()
-loop.run_until_complete(start())
+taken, closed, loop = threading.Event(), threading.Event(), stopped_loop()
 if AWAITS:
     defer(job)
     taken.wait(10)
@@ -3338,28 +3264,85 @@ def test_jobs_of_a_server_that_died_run_or_are_reported(closes, awaits):
     assert "never awaited" not in script.stderr
 
 
-def test_a_loss_is_told_where_no_thread_can_be_started():
-    """Without a lifespan: exit. The thread that is there tells what its loop has lost."""
-    script = run_script(
+# What a script does, and what it has written, of errors too, when it has ended.
+ENDS_OF_SCRIPTS = {
+    "a thread defers when the main thread has ended": (
         """
-        from conftest import Server, plain_app, raises
+        def late():
+            threading.main_thread().join()
+            defer(print, {"args": ["ran"]})
+            assert join(10)
 
+        threading.Thread(target=late).start()
+        """,
+        "ran",
+    ),
+    "a server goes on when the main thread has ended": (
+        """
+        def main_thread_lives():
+            return threading.main_thread().is_alive()
+
+        def job():
+            while main_thread_lives():
+                time.sleep(0.01)
+
+        async def serve():
+            async with serving():
+                up.set()
+                while main_thread_lives():
+                    await asyncio.sleep(0.01)
+
+        up = threading.Event()
+        threading.Thread(target=asyncio.run, args=[serve()]).start()
+        up.wait(10)
+        defer(job)
+        defer(print, {"args": ["ran"]})
+        """,
+        "ran",
+    ),
+    "Ctrl-C amid the first defer, in a shell that then goes on": (
+        """
+        def interrupt(frame, event, function):
+            if event == "c_return" and function is os.register_at_fork:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            defer(print, {"args": ["not queued"]})
+        except KeyboardInterrupt:
+            defer(time.sleep, {"args": [0.3]})
+            defer(print, {"args": ["ran"]})
+        """,
+        "ran",
+    ),
+    "a full queue whose server died is served": (
+        """
+        settings.DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE = 1
+        loop, ran = stopped_loop(), threading.Event()
+        defer(ran.set, options={"run_after": timedelta(seconds=0.1)})
+        loop.close()
+        try:
+            defer(print, {"args": ["not queued"]})
+        except QueueFull:
+            print("ran" if ran.wait(10) else stats())
+        """,
+        "ran",
+    ),
+    "a loss is told where no thread can be started": (
+        """
         async def hang():
             began.set()
             await asyncio.Event().wait()
 
-        async def start():
-            await Server(django_simple_task_middleware(plain_app)).startup()
+        async def begin():
             defer(hang)
-            while not began.is_set():
-                await asyncio.sleep(0)
+            await began.wait()
 
-        began, loop = threading.Event(), asyncio.new_event_loop()
-        loop.run_until_complete(start())
-        loop.close()
+        began, full = asyncio.Event(), RuntimeError("can't start new thread")
+        stopped_loop(begin).close()
         workers = [each for each in threading.enumerate() if each.daemon]
         start, threading.Thread.start = threading.Thread.start, lambda _: raises(full)
-        full = RuntimeError("can't start new thread")
         try:
             defer(print)
         except RuntimeError as error:
@@ -3367,77 +3350,10 @@ def test_a_loss_is_told_where_no_thread_can_be_started():
         threading.Thread.start = start
         for worker in workers:
             worker.join(10)
-        """
-    )
-    assert script.returncode == 0, script.stderr
-    assert "lost in flight job=__main__.hang" in script.stderr
-
-
-def test_what_outlives_a_dead_loop_in_a_thread_is_reported_at_the_end():
-    """Without a lifespan: exit. Also if another job has found before that it is dead."""
-    script = run_script(
-        """
-        from conftest import Hung, Server, plain_app
-
-        async def start():
-            await Server(django_simple_task_middleware(plain_app)).startup()
-
-        def late():
-            hung.began.note()
-            closed.wait(10)
-            return asyncio.sleep(0)
-
-        hung, closed, loop = Hung(None), threading.Event(), asyncio.new_event_loop()
-        loop.run_until_complete(start())
-        for job in hung.job, late:
-            defer(job)
-        hung.began.wait(2)
-        loop.close()
-        closed.set()
-        while not stats()["lost"]:
-            time.sleep(0.01)
         """,
-        DJANGO_SIMPLE_TASK_WORKERS=2,
-    )
-    assert script.returncode == 0, script.stderr
-    for name in "late", "Hung.job":
-        assert re.search(rf"lost in flight job=\S+{name} ", script.stderr), (
-            script.stderr
-        )
-
-
-def test_a_job_that_is_due_wakes_a_server_that_lives():
-    """Several lifespans: at once. Not one whose loop was closed without a shutdown."""
-    script = run_script(
-        """
-        from datetime import timedelta
-        from conftest import Server, plain_app, serving
-
-        async def start():
-            await Server(django_simple_task_middleware(plain_app)).startup()
-
-        async def job():
-            print("ran")
-            ran.set()
-
-        async def main():
-            async with serving():
-                assert await ajoin(10)  # and all workers are idle
-                defer(job, options={"run_after": timedelta(seconds=0.1)})
-                dead.close()
-                await asyncio.to_thread(ran.wait, 10)
-
-        dead, ran = asyncio.new_event_loop(), threading.Event()
-        dead.run_until_complete(start())
-        asyncio.run(main())
-        """
-    )
-    assert (script.returncode, script.stdout) == (0, "ran\n"), script.stderr
-
-
-def test_the_exit_ends_though_jobs_are_deferred_for_ever():
-    """Without a lifespan: exit. One grace period is for all that still comes."""
-    script = run_script(
+        "ERROR .*lost in flight job=__main__.hang .*",
+    ),
+    "jobs are deferred for ever, for which there is one grace period": (
         """
         def defer_for_ever():
             with contextlib.suppress(RuntimeError):
@@ -3446,41 +3362,33 @@ def test_the_exit_ends_though_jobs_are_deferred_for_ever():
                     defer(threading.Event().wait)
                     time.sleep(0.02)
 
-        import atexit, contextlib
-        atexit.register(lambda: print(stats()["pending"] + stats()["in_flight"]))
+        settings.DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD = 0.2
         first = threading.Barrier(2)
         threading.Thread(target=defer_for_ever, daemon=True).start()
         first.wait(10)
         """,
-        timeout=HANG / 2,
-        DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD=0.2,
-    )
-    assert (script.returncode, script.stdout) == (0, "0\n"), script.stderr
-    assert "lost in flight job=threading.Event.wait" in script.stderr
+        "ERROR .*lost in flight job=threading.Event.wait .*",
+    ),
+}
 
 
-def test_a_full_queue_whose_server_died_is_served():
-    """Without a lifespan: exit. What it refuses has it looked who serves."""
-    script = run_script(
-        """
-        from datetime import timedelta
-        from conftest import Server, plain_app
-
-        async def start():
-            await Server(django_simple_task_middleware(plain_app)).startup()
-
-        loop, ran = asyncio.new_event_loop(), threading.Event()
-        loop.run_until_complete(start())
-        defer(ran.set, options={"run_after": timedelta(seconds=0.1)})
-        loop.close()
-        try:
-            defer(print)
-        except QueueFull:
-            assert ran.wait(10), stats()
-        """,
-        DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE=1,
-    )
-    assert script.returncode == 0, script.stderr
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[needs_threads_at_exit] * ("has ended" in name))
+        for name in ENDS_OF_SCRIPTS
+    ],
+)
+def test_a_script_ends_when_its_jobs_have_run_or_are_reported(name):
+    """Without a lifespan: exit. Whatever the main thread, a loop or a caller does."""
+    body, written = ENDS_OF_SCRIPTS[name]
+    imports = "import contextlib\nfrom datetime import timedelta\n"
+    names = "from conftest import raises, serving, stopped_loop\n"
+    script = run_script(imports + names + textwrap.dedent(body))
+    told = script.stdout.strip() + "".join(lines_at("ERROR", script))
+    assert script.returncode == 0 and re.fullmatch(written, told), script.stderr
+    # asyncio complains of a loop that was left with tasks.
+    assert "Traceback" not in script.stderr or "stopped_loop" in body, script.stderr
 
 
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.4, "lost")])
@@ -4341,13 +4249,10 @@ def test_the_end_of_what_is_lost_with_its_loop_is_told(no_server):
             began.set()
             await asyncio.Event().wait()
         async def begin():
-            await Server(django_simple_task_middleware(plain_app)).startup()
             hang.enqueue()
             await began.wait()
         began, told = asyncio.Event(), queue.SimpleQueue()
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(begin())
-        loop.close()
+        stopped_loop(begin).close()
         hear = lambda task_result, **_: told.put(task_result.status)
         signals.task_finished.connect(hear)
         defer(int)  # which finds that nobody serves
@@ -5393,26 +5298,16 @@ class AnySequence(stateful.RuleBasedStateMachine):
         self.lifespan = Lifespan(self.loop)
         self.elsewhere, self.here = self.here, []
 
-    @stateful.precondition(lambda self: self.lifespan and not self.draining)
-    @stateful.rule()
-    def shut_down(self):
-        self.draining = True
-        self.lifespan.shut_down()
-        if self.grace is not None:
-            self.lose_all()
-
     @stateful.precondition(lambda self: self.lifespan)
-    @stateful.rule()
-    def cancel(self):
+    @stateful.rule(cancel=st.booleans())
+    def end(self, cancel):
         self.draining = True
-        self.lifespan.cancel()
-        self.lose_all()
-
-    def lose_all(self):
-        self.left_behind = self.here + self.elsewhere
-        for jobs in self.here, self.elsewhere, self.waiting, self.retries:
-            self.counts["lost"] += len(jobs)
-            jobs.clear()
+        self.lifespan.cancel() if cancel else self.lifespan.shut_down()
+        if cancel or self.grace is not None:
+            self.left_behind = self.here + self.elsewhere
+            for jobs in self.here, self.elsewhere, self.waiting, self.retries:
+                self.counts["lost"] += len(jobs)
+                jobs.clear()
 
     @stateful.rule()
     def wait_for_all(self):
@@ -6230,11 +6125,6 @@ def test_the_way_out_is_what_readme_says(tmp_path):
     run_as_shop(run_to_its_end, "# DURABLE", tmp_path, TASKS=durable)
 
 
-def test_every_block_of_readme_is_run():
-    """README: blocks run. There is no Python block without a stage."""
-    assert [name for name, _ in STAGES] == [name for name, _ in SHOWN]
-
-
 TWO_FAILURES = """
 def fail(): raise ValueError("a failed job")
 @task
@@ -6283,7 +6173,6 @@ for job in hang, send_welcome, send_welcome:
 
 def test_the_log_has_the_lines_that_readme_shows(tmp_path):
     """README: log lines. Each line of the sample is written, but for its numbers."""
-
     limit = {"DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD": 0.5}
     script = run_as_shop(run_script, LINES, tmp_path, **limit)
     assert script.returncode == 0, script.stderr
@@ -6352,8 +6241,9 @@ def test_the_changes_begin_with_this_version():
     assert latest == django_simple_task.__version__
 
 
-def test_one_command_runs_the_tests():
-    """README: blocks run. The section of the tests has one, the command CI runs."""
+def test_every_block_of_readme_is_run():
+    """README: blocks run. Each has a stage, or is the one command of the tests."""
+    assert [name for name, _ in STAGES] == [name for name, _ in SHOWN]
     assert "```python" in README.splitlines()[:14]
     assert len(README.splitlines()) <= 450
     (section,) = re.findall(r"\n## Run the tests\n([^#]+)\n## ", README)
