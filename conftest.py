@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -513,6 +514,10 @@ class Lifespan:
     def cancel(self):
         self.loop.call_soon_threadsafe(self.server.task.cancel)
 
+    def end(self):
+        self.shut_down()
+        self.wait()
+
     def wait(self):
         self.call(asyncio.wait([self.server.task], timeout=HANG))
         assert ENDED in self.server.sent or self.server.task.cancelled()
@@ -684,6 +689,14 @@ async def call_in(place, call):
             assert (await request.receive_output(HANG))["status"] == 200
             await request.receive_output(HANG)
             await request.wait(HANG)
+
+
+@pytest.fixture
+def no_log():
+    """Log nothing, of which pytest would keep the tracebacks."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 class Mortal(ValueError):
@@ -1371,6 +1384,19 @@ def served(*args, **kwargs):
         yield site
 
 
+def under_fire(folder, name, more, draw, signals, **environ):
+    """Give a server 1,000 jobs, then signals; return what ran, and the log."""
+    with started(folder, name, more, WORKERS="4", **environ) as site:
+        assert site.get("/flood") == "", site.log
+        for number in signals:
+            sleep(draw.uniform(0, draw.choice([0.03, 0.3])))
+            site.process.send_signal(number)
+        site.until_gone()
+        runs = site.runs()
+        assert len({*runs}) == len(runs)
+        return sum(f"of {site.process.pid}" in each for each in runs), site.log
+
+
 @contextlib.contextmanager
 def redis_server(folder):
     if not shutil.which("redis-server"):
@@ -1417,8 +1443,8 @@ def stumbling(draw):
 # Load
 
 LOAD = """
-import gc, itertools, tracemalloc
-from conftest import serving
+import tracemalloc
+from conftest import in_flight, serving
 logging.disable(logging.ERROR)
 gc.disable()
 runs, ran, refused = bytearray(10**6), itertools.count(), itertools.count()
@@ -1537,6 +1563,109 @@ def running_demo(folder):
         process.send_signal(signal.SIGINT)
         process.wait(HANG)
     assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder, other = tmp_path_factory.mktemp("demo"), socket.create_server(("", 0))
+    with other, running_demo(folder) as demo:
+        other.setblocking(False)
+        for job in "fetch", "flaky":  # which take three seconds, while other tests run
+            demo.post(job, Host=f"127.0.0.1:{other.getsockname()[1]}")
+        yield demo
+        with pytest.raises(BlockingIOError):
+            other.accept()  # nothing is fetched from where a request says
+
+
+# README
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def readme_blocks(language):
+    """Return the blocks of code in a language, each with the section it stands in."""
+    section, blocks = "", []
+    pattern = r"^#+ (.+)$|^ *```(\w+)\n((?:.*\n)*?) *```$"
+    for heading, marked, code in re.findall(pattern, README, re.MULTILINE):
+        section = heading or section
+        if marked == language:
+            blocks.append((section, textwrap.dedent(code)))
+    return blocks
+
+
+SHOWN = readme_blocks("python")
+
+# The backend and the command of django-tasks-db, as README's table has them.
+WAY_OUT = re.search(r"\| `(django_tasks_db\.\w+)` \|.*`manage.py (.+?)` \|", README)
+DURABLE = f"""
+call_command("migrate", verbosity=0)
+result = add.enqueue(1, 2)
+worker = [*{shlex.split(WAY_OUT[2])}, "--backend", result.backend]
+call_command(*worker, batch=True, startup_delay=False, verbosity=0)
+result.refresh()
+assert result.return_value == 3
+"""
+
+AS_SHOP = """
+import sys, warnings
+from importlib.machinery import ModuleSpec
+warnings.simplefilter("error")
+__name__, __spec__ = "shop", ModuleSpec("shop", None, origin="shop.py")
+sys.modules["shop"] = sys.modules["__main__"]
+urlpatterns = []
+"""
+
+STUBS = """
+from types import SimpleNamespace
+from django.core.management import call_command
+from django.tasks import task
+from django.test import override_settings
+from conftest import Server, busy_worker, do_nothing
+# README's blocks import what they use.
+del Counter, atexit, contextlib, contextvars, gc, itertools, queue, random, warnings
+def use(**ours):
+    override_settings(**{f"DJANGO_SIMPLE_TASK_{n}": ours[n] for n in ours}).enable()
+@task
+def add(first, second): return first + second
+create_user = lambda request: SimpleNamespace(pk=7)
+redirect = lambda *where: where[-1]
+runs = []
+call_command("check", fail_level="WARNING", verbosity=0)
+"""
+
+
+def run_as_shop(run, script, folder, **shown):
+    """Run a script as the module shop, with the settings that README shows."""
+    package = tasks_package().__name__
+    apps = {"django_simple_task", *shown.pop("INSTALLED_APPS", [])} - {...}
+    apps |= {package} - {"django.tasks"}
+    if "DURABLE" in script:
+        if not importlib.util.find_spec("django_tasks_db"):
+            pytest.skip("django-tasks-db is not installed")
+        apps.add("django_tasks_db")
+    file, for_tests = (str(folder / file) for file in ("db.sqlite3", "test.sqlite3"))
+    sqlite = {"ENGINE": "django.db.backends.sqlite3", "NAME": file}
+    given = {
+        "DATABASES": {"default": {**sqlite, "TEST": {"NAME": for_tests}}},
+        "DEFAULT_AUTO_FIELD": "django.db.models.BigAutoField",
+        "INSTALLED_APPS": sorted(apps),
+        "ROOT_URLCONF": "shop",
+        "TASKS": {"default": {"BACKEND": "django_simple_task.SimpleTaskBackend"}},
+        **shown,
+    }
+    script = STUBS + script.replace("# DURABLE", DURABLE)
+    return run(script.replace("django.tasks", package), before=AS_SHOP, **given)
+
+
+def staged(stage, block):
+    """Return the script with the block in its place, and the settings it shows."""
+    if place := re.search(r"(?m)^( *)# BLOCK$", stage):
+        return stage.replace(place[0], textwrap.indent(block, place[1])), {}
+    first = next(code for section, code in SHOWN if section == "Install")
+    shown = (first + block).replace("django.tasks", tasks_package().__name__)
+    exec(shown, namespace := {})
+    return stage, {name: namespace[name] for name in namespace if name.isupper()}
 
 
 # In CI a skipped test is a failure: there everything that tests need is installed. What

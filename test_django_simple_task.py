@@ -26,10 +26,8 @@ import os
 import queue
 import random
 import re
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -81,16 +79,20 @@ from conftest import (
     ENDED,
     HANG,
     HAS_FAILED,
+    HERE,
     IS_DONE,
     IS_READY,
     IS_RUNNING,
     NOTHING_SET,
     PLACES,
+    README,
     SERVERS,
+    SHOWN,
     SIGNALS,
     STARTED,
     TASKS,
     TASKS_NAME,
+    WAY_OUT,
     WAYS,
     Elsewhere,
     InvalidTask,
@@ -125,7 +127,9 @@ from conftest import (
     off_the_loop,
     plain_app,
     raises,
+    readme_blocks,
     redis_server,
+    run_as_shop,
     run_in_project,
     run_load,
     run_script,
@@ -142,7 +146,7 @@ from conftest import (
     set_callers,
     simple_tasks,
     since,
-    started,
+    staged,
     stumbling,
     task,
     task_errors,
@@ -150,6 +154,7 @@ from conftest import (
     tasks_api,
     tasks_package,
     tasks_served,
+    under_fire,
     until,
     use_orm,
 )
@@ -2069,7 +2074,6 @@ def test_what_surrounds_a_job_decides_on_it(ledger, lines, step, kind, error):
         "job": lambda job: around_with(int, int),
         "hang": around_hanging,
     }[step]
-
     before = stats()
     with configured(AROUND_JOB=around):
         if step == "hang":
@@ -2804,7 +2808,6 @@ async def test_nothing_holds_the_shutdown_up(what, where, shutdown, hung, said):
         assert await server.shutdown(within=0.3 + (3 if shutdown else 1)) == ENDED
         accounts = stats()
         assert accounts["pending"] == accounts["in_flight"] == 0, accounts
-        assert_closed(accounts)
         hung.began.wait(2)  # a job, and what was to hang
 
 
@@ -3908,14 +3911,6 @@ def test_a_result_is_found_from_anywhere_in_the_process(tasks):
             one.get_result(id)
         with pytest.raises(error, match=message):
             asyncio.run(afind(one, id))
-
-
-@pytest.fixture
-def no_log():
-    """Log nothing, of which pytest would keep the tracebacks."""
-    logging.disable()
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @either_end
@@ -5276,9 +5271,7 @@ class AnySequence(stateful.RuleBasedStateMachine):
             job.told.cancel()
         with self.stack:
             self.stack.enter_context(configured(SHUTDOWN_GRACE_PERIOD=None))
-            lifespan = self.lifespan or Lifespan(self.loop)
-            lifespan.shut_down()
-            lifespan.wait()
+            (self.lifespan or Lifespan(self.loop)).end()
 
 
 @pytest.mark.parametrize("examples", [15, long(1000)])
@@ -5365,8 +5358,7 @@ def simulate(seed):
                     each.result(HANG)
                 assert ending or join(HANG)  # no wake-up is missed while nobody ends
         for lifespan in [*lifespans, Lifespan(loops[0])]:
-            lifespan.shut_down()
-            lifespan.wait()
+            lifespan.end()
     counts = Counter(since(before))
     counts.pop("rejected", None)
     for number, (ends, may_be_lost) in accepted.items():
@@ -5403,19 +5395,6 @@ CHAOS_SEED = int(os.getenv("CHAOS_SEED") or random.randrange(2**32))
 of_two_servers = pytest.mark.parametrize(
     "name, more", [("uvicorn", ""), ("hypercorn", "--workers 0")]
 )
-
-
-def under_fire(folder, name, more, draw, signals, **environ):
-    """Give a server 1,000 jobs, then signals; return what ran, and the log."""
-    with started(folder, name, more, WORKERS="4", **environ) as site:
-        assert site.get("/flood") == "", site.log
-        for number in signals:
-            sleep(draw.uniform(0, draw.choice([0.03, 0.3])))
-            site.process.send_signal(number)
-        site.until_gone()
-        runs = site.runs()
-        assert len({*runs}) == len(runs)
-        return sum(f"of {site.process.pid}" in each for each in runs), site.log
 
 
 @pytest.mark.alone
@@ -5515,10 +5494,7 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
     """Load: waiting jobs. Each takes 256 bytes, and what is refused takes none."""
     run_load(
         """
-        release = asyncio.Event()
-        defer(release.wait)
-        while not stats()["in_flight"]:
-            await asyncio.sleep(0)
+        release = await in_flight()
         before = memory()
         for function in job, ajob:
             tracemalloc.start()
@@ -5647,18 +5623,6 @@ def test_a_row_passes_which_release_0_1_2_fails(row, release_0_1_2, tmp_path):
 # Demo
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder, other = tmp_path_factory.mktemp("demo"), socket.create_server(("", 0))
-    with other, running_demo(folder) as demo:
-        other.setblocking(False)
-        for job in "fetch", "flaky":  # which take three seconds, while other tests run
-            demo.post(job, Host=f"127.0.0.1:{other.getsockname()[1]}")
-        yield demo
-        with pytest.raises(BlockingIOError):
-            other.accept()  # nothing is fetched from where a request says
-
-
 REFUSED = {
     "large.txt": (b"line\n" * 300_000, "This file has 1,500,000 bytes, more than 1"),
     "long.txt": (b"a\n" * 10_001, "This file has 10,001 rows, not 1 to 10,000."),
@@ -5779,21 +5743,6 @@ def test_demo_in_a_browser(tmp_path, width):
 
 
 # README
-
-HERE = Path(__file__).parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
-
-
-def readme_blocks(language):
-    """Return the blocks of code in a language, each with the section it stands in."""
-    section, blocks = "", []
-    pattern = r"^#+ (.+)$|^ *```(\w+)\n((?:.*\n)*?) *```$"
-    for heading, marked, code in re.findall(pattern, README, re.MULTILINE):
-        section = heading or section
-        if marked == language:
-            blocks.append((section, textwrap.dedent(code)))
-    return blocks
-
 
 # Each block stands on a stage: a script named shop, with stubs before the block and a
 # look at the outcome after it. Without `# BLOCK` the block is of settings, on top of
@@ -5928,79 +5877,9 @@ with busy_worker():
     assert health(None).status_code == 503
 """
 STAGES = re.findall(r"^## (.+)\n((?:(?!## ).*\n)+)", STAGES, re.MULTILINE)
-SHOWN = readme_blocks("python")
 PAIRS = enumerate(zip(STAGES, SHOWN, strict=False))
 CASES = {f"{name} {n}": (stage, block) for n, ((name, stage), (_, block)) in PAIRS}
 AROUND = [name for name in CASES if "Around each job" in name]
-
-# The backend and the command of django-tasks-db, as README's table has them.
-WAY_OUT = re.search(r"\| `(django_tasks_db\.\w+)` \|.*`manage.py (.+?)` \|", README)
-DURABLE = f"""
-call_command("migrate", verbosity=0)
-result = add.enqueue(1, 2)
-worker = [*{shlex.split(WAY_OUT[2])}, "--backend", result.backend]
-call_command(*worker, batch=True, startup_delay=False, verbosity=0)
-result.refresh()
-assert result.return_value == 3
-"""
-
-AS_SHOP = """
-import sys, warnings
-from importlib.machinery import ModuleSpec
-warnings.simplefilter("error")
-__name__, __spec__ = "shop", ModuleSpec("shop", None, origin="shop.py")
-sys.modules["shop"] = sys.modules["__main__"]
-urlpatterns = []
-"""
-
-STUBS = """
-from types import SimpleNamespace
-from django.core.management import call_command
-from django.tasks import task
-from django.test import override_settings
-from conftest import Server, busy_worker, do_nothing
-def use(**ours):
-    override_settings(**{f"DJANGO_SIMPLE_TASK_{n}": ours[n] for n in ours}).enable()
-@task
-def add(first, second): return first + second
-create_user = lambda request: SimpleNamespace(pk=7)
-redirect = lambda *where: where[-1]
-runs = []
-call_command("check", fail_level="WARNING", verbosity=0)
-"""
-
-
-def run_as_shop(run, script, folder, **shown):
-    """Run a script as the module shop, with the settings that README shows."""
-    package = tasks_package().__name__
-    apps = {"django_simple_task", *shown.pop("INSTALLED_APPS", [])} - {...}
-    apps |= {package} - {"django.tasks"}
-    if "DURABLE" in script:
-        if not importlib.util.find_spec("django_tasks_db"):
-            pytest.skip("django-tasks-db is not installed")
-        apps.add("django_tasks_db")
-    file, for_tests = (str(folder / file) for file in ("db.sqlite3", "test.sqlite3"))
-    sqlite = {"ENGINE": "django.db.backends.sqlite3", "NAME": file}
-    given = {
-        "DATABASES": {"default": {**sqlite, "TEST": {"NAME": for_tests}}},
-        "DEFAULT_AUTO_FIELD": "django.db.models.BigAutoField",
-        "INSTALLED_APPS": sorted(apps),
-        "ROOT_URLCONF": "shop",
-        "TASKS": {"default": {"BACKEND": "django_simple_task.SimpleTaskBackend"}},
-        **shown,
-    }
-    script = STUBS + script.replace("# DURABLE", DURABLE)
-    return run(script.replace("django.tasks", package), before=AS_SHOP, **given)
-
-
-def staged(stage, block):
-    """Return the script with the block in its place, and the settings it shows."""
-    if place := re.search(r"(?m)^( *)# BLOCK$", stage):
-        return stage.replace(place[0], textwrap.indent(block, place[1])), {}
-    first = next(code for section, code in SHOWN if section == "Install")
-    shown = (first + block).replace("django.tasks", tasks_package().__name__)
-    exec(shown, namespace := {})
-    return stage, {name: namespace[name] for name in namespace if name.isupper()}
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in AROUND])
