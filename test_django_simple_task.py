@@ -4714,9 +4714,9 @@ def test_real_engines(backend, no_server, tmp_path):
     redis = {"URL": f"unix://{tmp_path}/redis"}
     engine = {"BACKEND": backend, "QUEUES": ["default", "low"]}
     before = f"""
-        import {__name__} as t
+        import conftest, {__name__} as t
         from django.core.management import call_command
-        t.set_the_scene()
+        conftest.set_the_scene()
         path, soon = {str(ledger)!r}, t.timezone.now() + t.timedelta(seconds=3)
     """
 
