@@ -606,6 +606,9 @@ ENDS_OF_TIME = [
     {"run_after": end.replace(tzinfo=datetime.timezone(zone))}
     for end, zone in ((datetime.datetime.min, HOUR), (datetime.datetime.max, -HOUR))
 ]
+NAIVE_ENDS_OF_TIME = [
+    {"run_after": end} for end in (datetime.datetime.min, datetime.datetime.max)
+]
 
 
 @pytest.mark.parametrize("use_tz", [True, False])
@@ -628,7 +631,8 @@ async def test_a_job_does_not_run_before_its_time(ledger, zone, use_tz):
         async with serving():
             due = monotonic() + 0.19
             delays = HOUR / 18_000, -HOUR, 400_000 * 24 * HOUR
-            for options in *map(after, delays), *ENDS_OF_TIME:
+            ends = ENDS_OF_TIME if use_tz else NAIVE_ENDS_OF_TIME
+            for options in *map(after, delays), *ends:
                 defer(lambda: ledger.note(monotonic() >= due), options=options)
             await off_the_loop(ledger.wait, 3)
             assert await ajoin(HANG)
@@ -3344,11 +3348,68 @@ ENDS_OF_SCRIPTS = {
                     time.sleep(0.02)
 
         settings.DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD = 0.2
+        atexit.register(lambda: print(stats()["pending"] + stats()["in_flight"]))
         first = threading.Barrier(2)
         threading.Thread(target=defer_for_ever, daemon=True).start()
         first.wait(10)
         """,
+        "0ERROR .*lost in flight job=threading.Event.wait .*",
+    ),
+    "a job outlives its loop in a thread, and another has found that it is dead": (
+        """
+        def late():
+            closed.wait(10)
+            return asyncio.sleep(0)
+
+        async def begin():
+            for job in threading.Event().wait, late:
+                defer(job)
+            while stats()["in_flight"] < 2:
+                await asyncio.sleep(0)
+
+        settings.DJANGO_SIMPLE_TASK_WORKERS = 2
+        closed = threading.Event()
+        stopped_loop(begin).close()
+        closed.set()
+        while not stats()["lost"]:
+            time.sleep(0.01)
+        """,
+        "ERROR .*lost in flight job=__main__.late .*"
         "ERROR .*lost in flight job=threading.Event.wait .*",
+    ),
+    "a job is due, for which one server has died and another has not": (
+        """
+        async def job():
+            print("ran")
+            ran.set()
+
+        async def main():
+            async with serving():
+                assert await ajoin(10)  # and all workers are idle
+                defer(job, options={"run_after": timedelta(seconds=0.1)})
+                dead.close()
+                await asyncio.to_thread(ran.wait, 10)
+
+        dead, ran = stopped_loop(), threading.Event()
+        asyncio.run(main())
+        """,
+        "ran",
+    ),
+    "requests come after a lifespan has ended, which is no reason to warn": (
+        """
+        async def app(scope, receive, send):
+            pass
+
+        async def main():
+            async with serving():
+                await django_simple_task_middleware(app)({"type": "http"}, None, None)
+
+        warned = lambda record: record.levelname == "WARNING" and print("warned") or True
+        logging.getLogger("django_simple_task").addFilter(warned)
+        asyncio.run(main())
+        defer(print, {"args": ["ran"]})
+        """,
+        "ran",
     ),
 }
 
@@ -3359,7 +3420,7 @@ def test_a_script_ends_when_its_jobs_have_run_or_are_reported(name):
     if "main thread has ended" in name:
         need_threads_at_exit()
     body, written = ENDS_OF_SCRIPTS[name]
-    names = "from conftest import raises, serving, stopped_loop\n"
+    names = "import atexit\nfrom conftest import raises, serving, stopped_loop\n"
     script = run_script(names + textwrap.dedent(body))
     told = script.stdout.strip() + "".join(lines_at("ERROR", script))
     assert script.returncode == 0 and re.fullmatch(written, told), script.stderr
@@ -4042,7 +4103,10 @@ ROUND = collections.UserList()
 ROUND.append(ROUND)
 NO_JSON = {"object": object(), "set": {1}, "bytes": b"\xff"}
 NO_JSON |= {"circle": CIRCLE, "depth": DEEP, "circular sequence": ROUND}
-NO_JSON |= {"300 levels": DEEPER}
+NO_JSON |= {
+    "300 levels": DEEPER,
+    "of dicts": json.loads('{"":' * 300 + "0" + "}" * 300),
+}
 
 
 @task
@@ -4357,9 +4421,12 @@ def test_options_are_checked(options, no_server):
 
 def test_all_faults_of_the_options_are_named_at_once(no_server):
     """django.tasks: checks. An error for each option that is bad."""
-    bad = {"MAX_RESULTS": -1, "TIMEOUT": 0, "OVERFLOW_BACKEND": 5, "other": 1}
-    with override_settings(TASKS={"default": simple_tasks(**bad)}):
-        assert len(check_tasks()) == len(bad)
+    bad = {"other": 1, "MAX_RESULTS": -1, "OVERFLOW_BACKEND": "unknown"}
+    narrow = {**TASKS["elsewhere"], "QUEUES": ["low"]}
+    over = {**simple_tasks(OVERFLOW_BACKEND="narrow"), "QUEUES": ["default"]}
+    aliases = {"default": simple_tasks(**bad), "over": over, "narrow": narrow}
+    with override_settings(TASKS=aliases):
+        assert len({error.id for error in check_tasks()}) == len(bad) + 1
 
 
 @pytest.mark.parametrize("ours", [["default"], ["default", "low"], []])
