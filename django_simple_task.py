@@ -21,19 +21,19 @@ project that outgrows one machine changes one setting and is on a durable engine
 
 Three words mean something else elsewhere. `defer()` queues *now*; what Django calls
 `supports_defer` is `run_after` here. To *drain* is to run what is left, not to discard
-it. A *worker* runs one job at a time within this process; it is no process of a server.
+it. A *worker* runs one job at a time within this process; it is not a server process.
 
 The file follows a job through its life:
 
     Settings             what a project may configure, and what a value must look like
     Exceptions           what a caller may catch
     Deferring            defer(), join(), ajoin(), stats()
-    Jobs                 the record of a call: its checks, its context, one attempt;
-                         and what is used of others that is not public
-    Telling              log lines
+    Jobs                 the record of a call: checks, context, one attempt; and the
+                         non-public APIs of others that are used
+    Reporting            log lines
     Guarantees           what holds, whatever happens
     Queue                where jobs wait, and who may take them
-    Workers              threads, connections, and the way of a job through them
+    Workers              threads, connections, and how a job passes through them
     Drain                how serving ends, and what becomes of what is left
     Lifespan middleware  the ASGI side
     Task backend         django.tasks on the same queue
@@ -58,7 +58,6 @@ import numbers
 import os
 import queue
 import random
-import secrets
 import sys
 import threading
 import traceback
@@ -94,7 +93,6 @@ from asgiref.sync import (
     ThreadSensitiveContext,
     async_to_sync,
     iscoroutinefunction,
-    markcoroutinefunction,
     sync_to_async,
 )
 from django.apps import AppConfig
@@ -145,7 +143,7 @@ _LABEL = "django_simple_task"
 
 
 class _Field(NamedTuple):
-    """What a value must look like that a user may give."""
+    """What is allowed as the value of a setting or an option."""
 
     default: Any
     allowed: str
@@ -160,7 +158,7 @@ class _Field(NamedTuple):
         if self.kind is object:
             try:
                 value = import_string(value) if isinstance(value, str) else value
-            except Exception as error:  # of the module, too
+            except Exception as error:  # whatever the imported module raises
                 raise ValueError from error
             if not callable(value):
                 raise TypeError
@@ -168,7 +166,7 @@ class _Field(NamedTuple):
         if self.kind is float and isinstance(value, timedelta):
             value = value.total_seconds()
         fits = isinstance(value, _ABSTRACT.get(self.kind, self.kind))
-        # To Python a boolean is a number.
+        # bool is a subclass of int, but a boolean is not taken for a number.
         if not fits or isinstance(value, bool) != (self.kind is bool):
             raise TypeError
         if self.kind is not str and not self.lowest <= value <= self.highest:
@@ -176,7 +174,7 @@ class _Field(NamedTuple):
         return self.kind(value)
 
 
-# Of which the numbers of other libraries are, too.
+# The numbers of other libraries are accepted, such as NumPy's.
 _ABSTRACT: dict[type, type] = {int: numbers.Integral, float: numbers.Real}
 
 
@@ -190,16 +188,19 @@ _SETTINGS = {
     "SHUTDOWN_GRACE_PERIOD": _Field(None, "seconds from 0, None for no limit", float),
     # Whether jobs run before the call returns, for tests; read at each call.
     "IMMEDIATE": _Field(False, "True or False", bool),
-    # What returns a context manager for each attempt; read at each attempt.
+    # Returns the context manager to enter around each attempt; read at each attempt.
     "AROUND_JOB": _Field(None, "a callable, the dotted path of one or None", object),
 }
 
 
 def _read_setting(name: str) -> Any:
     wanted = _SETTINGS[name]
-    value = getattr(settings, _PREFIX + name, wanted.default)
+    given = value = getattr(settings, _PREFIX + name, wanted.default)
     try:
-        return wanted.clean(_number_in(value))
+        # As environment variables give a number.
+        if isinstance(value, str) and value.strip().replace(".", "", 1).isdecimal():
+            given = float(value) if "." in value else int(value)
+        return wanted.clean(given)
     except (TypeError, ValueError) as error:
         raise ImproperlyConfigured(
             f"{_PREFIX}{name} is {_shown(value)}: it must be {wanted.allowed}."
@@ -212,15 +213,8 @@ _setting = functools.cache(_read_setting)
 
 def _forget_settings(**kwargs: Any) -> None:
     global _setting
-    # A new cache: a thread that is just reading may remember the old value in the other.
+    # A new cache: a thread that is just reading may put the old value into this one.
     _setting = functools.cache(_read_setting)
-
-
-def _number_in(value: Any) -> Any:
-    """Take digits in a string, as environment variables give them, as a number."""
-    if isinstance(value, str) and value.strip().replace(".", "", 1).isdecimal():
-        return float(value) if "." in value else int(value)
-    return value
 
 
 def _shown(value: Any) -> str:
@@ -232,7 +226,7 @@ def _shown(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    """Make text of unknown origin fit for a line of a log."""
+    """Escape and cut text of unknown origin, so that it fits a line of a log."""
     text = text[: _LONGEST_NAME + 1]
     if not (text.isascii() and text.isprintable()):
         text = ascii(text)[1:-1]
@@ -249,9 +243,8 @@ class QueueFull(queue.Full):
     """The queue holds as many jobs as DJANGO_SIMPLE_TASK_QUEUE_MAXSIZE allows."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(
-            *(args or [f"As many jobs wait as {_PREFIX}QUEUE_MAXSIZE allows."])
-        )
+        why = f"As many jobs wait as {_PREFIX}QUEUE_MAXSIZE allows."
+        super().__init__(*(args or [why]))
 
 
 class JobLost(RuntimeError):
@@ -291,11 +284,11 @@ def defer(
       `backoff * 2 ** (n - 1)` seconds, give or take 10 %, and one hour at most.
 
     A Task of `django.tasks` may be passed as well: it is enqueued, and "priority" and
-    "run_after" are passed on. Not from signal handlers and `__del__`: see enqueue().
+    "run_after" are passed on. Not in signal handlers or `__del__`: see enqueue().
 
-    Raise TypeError or ValueError for what could not be run, QueueFull when the queue is
-    full, ImproperlyConfigured when the app or a setting is not in order, and
-    RuntimeError when the interpreter is shutting down. Nothing was queued then.
+    Raise TypeError or ValueError for a call that could never run, QueueFull when the
+    queue is full, ImproperlyConfigured when the app is missing or a setting is bad, and
+    RuntimeError when the interpreter is shutting down. Nothing has been queued then.
     """
     if type(func) is not FunctionType and _is_task(func):
         return _defer_task(func, arguments, options)
@@ -314,9 +307,9 @@ def defer(
 
 def join(timeout: float | None = None) -> bool:
     """
-    Block until no job of this process is pending or in flight. Scheduled ones may be.
+    Block until no job of this process is pending or in flight, scheduled ones aside.
 
-    Return False when `timeout` seconds passed first. Safe to call from any thread.
+    Return False if `timeout` seconds pass first. Safe to call from any thread.
     Raise RuntimeError inside a job, and on a running event loop.
     """
     _check_outside_jobs()
@@ -328,7 +321,7 @@ def join(timeout: float | None = None) -> bool:
 
 
 async def ajoin(timeout: float | None = None) -> bool:
-    """See join(). Any event loop may await it; a job may not: RuntimeError."""
+    """Await the same as join(), on any event loop. Inside a job raise RuntimeError."""
     _check_outside_jobs()
     deadline = _deadline(timeout)
     await _adrive(_until_quiet(deadline))
@@ -337,7 +330,7 @@ async def ajoin(timeout: float | None = None) -> bool:
 
 def stats() -> dict[str, int]:
     """
-    Return the accounts of this process, at one moment. Safe to call from any thread.
+    Return the counters of this process, as of one moment. Safe to call from any thread.
 
     The keys are workers, accepted, rejected, pending, scheduled, in_flight, succeeded,
     failed, lost, handed_over and retried (attempts). At any time accepted = succeeded +
@@ -348,11 +341,11 @@ def stats() -> dict[str, int]:
 
 def _check_outside_jobs() -> None:
     if _inside_job.get():
-        raise RuntimeError("A job cannot wait until all jobs are done: it is one.")
+        raise RuntimeError("A job cannot wait for all jobs to end: it is one of them.")
 
 
-# Whoever waits for jobs is a generator, which yields, as long as it has to wait, until
-# when at most. So a drain is one piece of code, whether it holds up a loop or a thread.
+# Code that waits for jobs is a generator: whenever it has to wait, it yields the latest
+# time at which to look again. So one drain serves a thread and an event loop.
 _Waiting = Iterator[float]
 
 
@@ -367,7 +360,8 @@ def _deadline(seconds: float | None) -> float:
 
 
 def _drive(waiting: _Waiting) -> None:
-    # No Event: a signal handler that defers would wait for the lock that we hold in it.
+    # Not an Event: a signal handler that defers might interrupt us while we hold its
+    # lock, and wait for it.
     changes: queue.SimpleQueue[None] = queue.SimpleQueue()
     with _process.watching(functools.partial(changes.put, None)):
         for until in waiting:
@@ -378,11 +372,7 @@ def _drive(waiting: _Waiting) -> None:
 
 async def _adrive(waiting: _Waiting) -> None:
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-    def notify() -> None:
-        _call_on(loop, event.set)
-
-    with _process.watching(notify):
+    with _process.watching(functools.partial(_call_on, loop, event.set)):
         for until in waiting:
             seconds = min(until - monotonic(), threading.TIMEOUT_MAX)
             timer = loop.call_later(max(seconds, 0), event.set)
@@ -394,7 +384,7 @@ async def _adrive(waiting: _Waiting) -> None:
 
 
 def _run_immediately(job: _Job) -> None:
-    """Run a job here and now. Of all that it may raise, KeyboardInterrupt is raised."""
+    """Run a job here and now. Of what it raises, only KeyboardInterrupt gets out."""
     if job.options["thread_sensitive"]:
         job.on_loop = False  # any job is in its caller's thread
     again: float | None = 0.0
@@ -414,21 +404,20 @@ def _run_immediately(job: _Job) -> None:
             except BaseException as interruption:  # Ctrl-C, or no thread can be started
                 job.drop_awaitable()
                 job.raised = interruption
-            error = job.raised
             again = _off_the_loop(job.end)
+        if isinstance(job.raised, KeyboardInterrupt):
+            raise job.raised
     finally:
         with _process.lock:
-            _process.claim(job, "failed")  # if it was interrupted before
+            _process.claim(job, "failed")  # no effect unless end() was interrupted
             _process.settle(job)
             _process.notify()
         job.forget()
-    if isinstance(error, KeyboardInterrupt):
-        raise error
 
 
 def _await_here(job: _Job) -> None:
     job.enter()
-    # async_to_sync() is made here, off the loop: it may keep the loop that it finds.
+    # Constructed here, off the loop: it may keep the loop that it finds.
     async_to_sync(job.arun)(None)
 
 
@@ -458,7 +447,7 @@ def _start_thread(
 def _fulfil(
     future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
-    """Call a function, and have a future carry what becomes of that."""
+    """Call a function, and set its result or exception on a future."""
     if future.running():  # it was called before, and interrupted
         future.set_exception(RuntimeError("The call was interrupted."))
     if future.done() or not future.set_running_or_notify_cancel():
@@ -487,17 +476,8 @@ _OPTIONS = {
 }
 _NO_OPTIONS = {name: field.default for name, field in _OPTIONS.items()}
 _LONGEST_BACKOFF = 3600.0
-# One for all jobs without: the dict is only read.
+# Shared by all jobs without arguments: it is only read.
 _NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-
-class _Attempt(NamedTuple):
-    """What DJANGO_SIMPLE_TASK_AROUND_JOB is called with."""
-
-    name: str
-    id: str
-    attempt: int
-    is_async: bool
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -514,21 +494,19 @@ class _Job:
     attempt: int = 0
     # "succeeded", "failed", "lost" or "handed_over", once that is certain.
     outcome: str | None = None
-    # Of the attempt: when it began, its context, whether that was entered, whether the
-    # loop has the job, its asyncio task there, what is still to be awaited, its error.
+    # Of the attempt:
     started: float = field(init=False)
-    scope: Any = field(init=False)
-    entered: bool = field(init=False)
+    scope: Any = field(init=False)  # its context
+    entered: bool = field(init=False)  # whether a thread has entered that
     loop_has_it: bool = field(init=False)
-    task: asyncio.Task[None] | None = field(init=False)
-    awaitable: Any = field(init=False)
-    raised: Any = field(init=False)
+    task: asyncio.Task[None] | None = field(init=False)  # on the loop
+    awaitable: Any = field(init=False)  # what is still to be awaited
+    raised: Any = field(init=False)  # its error, or None if there was none
+    to_announce: bool = field(init=False)  # whether task_started is still to be sent
 
-    # Whether signals tell of its life. Their receivers may use the ORM, so that such a
-    # job begins and ends in a thread.
+    # Whether Django's signals report it. Their receivers may use the ORM, so such a job
+    # begins and ends in a thread.
     observed = False
-    # Whether it is still to be told that the attempt begins.
-    to_announce = False
     # Whether another backend would take it.
     movable = False
 
@@ -545,14 +523,15 @@ class _Job:
         return _name(self.func)
 
     def begin(self) -> None:
-        """Begin an attempt, under the lock. What the one before has set is hidden."""
+        """Begin an attempt, under the lock; one of several has a context of its own."""
         self.started = monotonic()
         many = self.options["max_attempts"] > 1
         self.scope = self.context.copy() if many else self.context
         self.awaitable = self.task = None
         self.entered = self.loop_has_it = False
         self.raised = _NOT_ENDED
-        self.attempt += 1  # only now: interrupted before, it begins again
+        self.to_announce = self.observed
+        self.attempt += 1  # last, so that what was interrupted begins again
 
     def enter(self) -> None:
         """In the context of the attempt, whenever a thread enters it."""
@@ -562,7 +541,7 @@ class _Job:
     def call(self) -> Any:
         return self.func(*self.args, **self.kwargs)
 
-    # In run() and arun() exceptions of every kind end: a job's SystemExit is no reason
+    # run() and arun() let no exception of any kind out: a job's SystemExit is no reason
     # to stop the server, and its CancelledError says nothing about us.
 
     def run(self) -> None:
@@ -605,7 +584,7 @@ class _Job:
                 if seconds is not None:
                     now = asyncio.get_running_loop().time()
                     when = now + min(seconds, threading.TIMEOUT_MAX)
-                    # In an empty context: a timer keeps its own when it was cancelled.
+                    # In an empty context: a cancelled timer keeps its context alive.
                     Context().run(limit.reschedule, when)
                 manager = self.around()
                 if hasattr(type(manager), "__aenter__"):
@@ -623,7 +602,8 @@ class _Job:
         if make is None:
             return _NOTHING
         is_async = self.on_loop and not self.options["thread_sensitive"]
-        return make(_Attempt(self.name, self.id, self.attempt, is_async))
+        seen = {"name": self.name, "id": self.id, "attempt": self.attempt}
+        return make(SimpleNamespace(**seen, is_async=is_async))
 
     async def await_result(self) -> None:
         awaitable, self.awaitable = self.awaitable, None
@@ -634,9 +614,8 @@ class _Job:
             self.take_result(value)
 
     async def run_in_shared_thread(self) -> None:
-        """Make the call of a thread-sensitive job where asgiref has such work done."""
+        """Make the call of a thread-sensitive job in asgiref's one thread for such."""
         _thread_sensitive_context.set(None)  # not in the worker's thread
-        _process.shares_thread = True
 
         def call() -> None:
             _clean_connections()
@@ -647,7 +626,7 @@ class _Job:
         await sync_to_async(call, thread_sensitive=True)()
 
     def take_result(self, value: Any) -> None:
-        """Take what a call has returned; it may be but the promise of a result."""
+        """Accept what a call returned: a result, or an awaitable that gives one."""
         if inspect.isawaitable(value):
             self.awaitable = value
         elif isinstance(value, (Generator, AsyncGenerator)):
@@ -664,10 +643,6 @@ class _Job:
         if inspect.iscoroutine(awaitable):
             awaitable.close()
 
-    def is_for_loop(self) -> bool:
-        """Tell whether only the loop can bring its attempt to an end."""
-        return self.on_loop or self.awaitable is not None or self.loop_has_it
-
     def is_silent(self) -> bool:
         """Tell whether nothing is to be said of its end."""
         return (
@@ -677,21 +652,21 @@ class _Job:
         )
 
     def end(self) -> float | None:
-        """Record and tell how the attempt ended. Return the seconds until the next."""
+        """Record and report how the attempt ended; return the seconds to the next."""
         if self not in _process.in_flight:
             return None  # a drain gave it up
         if self.raised is _NOT_ENDED:
             self.raised = asyncio.CancelledError("It was cancelled before it began.")
         error, delay = self.raised, None
         attempts_left = self.options["max_attempts"] - self.attempt
-        # Whatever its __class__ says.
+        # By its type: an object may lie about its __class__.
         if attempts_left > 0 and issubclass(type(error), Exception):
             delay = self.options["backoff"] * 2.0 ** (self.attempt - 1)
             delay = min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
         if error is not None:
             self.note(error, again=delay is not None)
         if delay is not None:
-            self.tell(
+            self.report(
                 _log,
                 logging.WARNING,
                 self,
@@ -701,23 +676,22 @@ class _Job:
                 reason=_describe(error),
             )
         elif _process.claim(self, "succeeded" if error is None else "failed"):
-            self.tell(self.tell_end, error)
+            self.report(self.report_end, error)
         return delay
 
-    def tell(self, function: Any, *args: Any, **fields: Any) -> None:
-        """Speak in a copy of the job's context: what it left may have entered that."""
-        context = _entered(self.scope if self.attempt else self.context)
-        self.tell_within(context, functools.partial(function, *args, **fields))
-
-    def tell_within(self, context: Context, tell: Callable[[], Any]) -> None:
+    def report(
+        self, function: Any, *args: Any, within: Context | None = None, **fields: Any
+    ) -> None:
+        """Call in a copy of the job's context: what it left may still be inside it."""
+        context = within or _entered(self.scope if self.attempt else self.context)
         try:
-            context.run(tell)
+            context.run(function, *args, **fields)
         except BaseException as error:
-            _write_to_stderr("It could not be told of a job.", error)
+            _write_to_stderr("A job could not be reported.", error)
             if threading.current_thread() is threading.main_thread():
                 raise  # under IMMEDIATE, by Ctrl-C
 
-    def tell_end(self, error: BaseException | None) -> None:
+    def report_end(self, error: BaseException | None) -> None:
         seconds = _seconds_since(self.started)
         if error is None:
             _log(logging.INFO, self, "finished", seconds=seconds)
@@ -729,7 +703,7 @@ class _Job:
         self.func = self.args = self.kwargs = self.context = self.scope = None
         self.raised = self.task = None
 
-    # What only an observed job does something about
+    # Hooks that only observed jobs implement
 
     def announce(self, worker: str) -> None:
         """Tell that an attempt begins."""
@@ -806,12 +780,12 @@ def _is_coroutine_function(func: Any) -> bool:
     if not callable(func):
         raise TypeError(_why_not_callable(func))
     inner = func
-    while True:
-        if iscoroutinefunction(inner) or getattr(inner, _MARK_NAME, None) is _MARK:
+    while isinstance(inner, functools.partial):
+        if iscoroutinefunction(SimpleNamespace(**vars(inner))):  # it is marked itself
             return True
-        if not isinstance(inner, functools.partial):
-            break
         inner = inner.func
+    if iscoroutinefunction(inner):
+        return True
     if not inspect.isroutine(inner) and not inspect.isclass(inner):
         inner = type(inner).__call__
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
@@ -913,9 +887,9 @@ def _seconds_until(run_after: Any) -> float | None:
     return seconds if seconds > 0 else None
 
 
-# What is not public in Django, asgiref, asyncio and threading stands here, but for
-# normalize_json() and what a TaskResult is made of. It has a stand-in where there can
-# be one, and tests for the day on which it goes.
+# All non-public API of Django, asgiref, asyncio and threading is used here, but for
+# normalize_json() and the fields of a TaskResult. It has a stand-in where there can be
+# one, and a test that fails on the day it goes.
 
 # atexit comes too late: executors are closed by then, and with them name look-ups,
 # asyncio.to_thread() and sync_to_async().
@@ -937,7 +911,7 @@ _MAY_STAY_TAKEN = sys.version_info[:2] == (3, 14)
 
 
 class _Lock(type(threading.RLock())):  # type: ignore[misc]
-    """An RLock that is let go then."""
+    """An RLock that is released if its entering is interrupted."""
 
     def __enter__(self) -> Any:
         depth = self._recursion_count()
@@ -957,15 +931,11 @@ def _belong_to(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _renew_shared_thread() -> None:
-    """In a forked child, where asgiref's thread is gone, and its executor is not."""
+    """Replace asgiref's executor in a forked child, where its thread is gone."""
     if hasattr(SyncToAsync, "single_thread_executor"):
         SyncToAsync.single_thread_executor = ThreadPoolExecutor(max_workers=1)
 
 
-# markcoroutinefunction() leaves an attribute; which, depends on the version of Python.
-_MARK_NAME, _MARK = next(
-    iter(vars(markcoroutinefunction(lambda: None)).items()), ("", object())
-)
 # The alias of a connection to the server, but to no database of the project.
 _NO_DATABASE: Any = getattr(django.db.backends.base.base, "NO_DB_ALIAS", None)
 
@@ -1019,14 +989,14 @@ _NOT_INHERITED = {
 }
 
 
-# Not the job itself: it has the context, and would keep itself alive by way of it.
+# A flag, not the job: the job holds the context, and they would keep each other alive.
 _inside_job = ContextVar("inside_job", default=False)
 # Which turn of its worker it is, on the loop. What it leaves behind there keeps that.
 _turn = ContextVar("turn", default=0)
 
 
 def _enter(context: Context, *, again: bool = False) -> None:
-    """In a job's context: have this thread see its Locals; first, leave the request."""
+    """In a job's context: let this thread see its Locals, but not the request's."""
     thread = threading.get_ident()
     for variable, value in context.items():
         wanted = value if again else _NOT_INHERITED.get(variable, value)
@@ -1049,7 +1019,7 @@ def _entered(context: Context) -> Context:
 _capture_context = copy_context if _Storage else lambda: _entered(copy_context())
 
 
-# Telling
+# Reporting
 
 
 @functools.cache
@@ -1133,28 +1103,31 @@ def _reported(what: str) -> Iterator[None]:
 # - One queue. What waits stays in it until a worker takes it; who serves is a list
 #   beside it. So nothing moves from place to place, and order needs no code.
 # - One lock. What threads share of jobs is changed under it, for as long as a few lines
-#   take; nothing that may block, or is not ours, is called under it, or let go of. It
+#   take; nothing that may block, or is not ours, is called or released under it. It
 #   can be entered again, as a signal handler or a `__del__` may defer in the middle. A
-#   loop with an `if` stands in a function that is called in its `with`: jumping back
-#   CPython leaves that for a moment; if a signal handler raised then, the lock would
-#   stay taken.
+#   loop with an `if` goes into a function that is called inside the `with`: as it jumps
+#   back, CPython is briefly outside the `with`, and a signal handler that raised there
+#   would leave the lock taken.
 # - A job is in one account. It waits, or it is in flight, or it is settled: each change
 #   is one step under the lock, and what was accepted is the sum of all. Whoever sets
-#   its outcome first, its worker or a drain, has it told; it is in flight until then.
+#   its outcome first, its worker or a drain, reports it; it is in flight until then.
 # - No wake-up is missed. A worker that finds nothing joins the idle in the same step;
 #   a job that is queued wakes one of them in the same step. One wake-up too many does
-#   no harm: whoever is woken looks for himself.
-# - Nobody's carrier is another's. A coroutine job has an asyncio task, a job of either
-#   kind a copy of its caller's context. A thread is handed on clean, or replaced.
+#   no harm: a worker that is woken looks for itself.
+# - Nothing that carries a job is shared. A coroutine job has an asyncio task, a job of
+#   either kind a copy of its caller's context. A thread is passed on clean or replaced.
 # - No two jobs in flight share a database connection: a worker has one job and one
 #   thread, and a connection belongs to a thread.
 # - What is said of a job is said in its context, and off the loop.
 # - Nothing that a job, a receiver or a logging handler raises ends a worker.
-# - A drain ends in time. What it waits for has a limit, and what may hang, it has done
-#   by a thread that it can leave behind.
+# - A drain ends in time. What it waits for has a limit, and what may hang runs in a
+#   thread that can be left behind.
 
 
 # Queue
+
+# How many jobs that are due become ready in one step, at most.
+_MOST_AT_ONCE = 200
 
 
 class _Queue:
@@ -1163,8 +1136,7 @@ class _Queue:
     retry or for their `run_after`. All methods but qsize() are called under the lock.
     """
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self) -> None:
         self.levels: dict[int, deque[_Job]] = {}
         # Heaps, the first due first; numbers keep the order of equals.
         self.retries: list[tuple[float, int, _Job]] = []
@@ -1173,7 +1145,7 @@ class _Queue:
 
     def qsize(self) -> int:
         """Return the number of jobs that wait."""
-        with self._lock:
+        with _process.lock:
             return self.pending() + len(self.scheduled)
 
     def pending(self) -> int:
@@ -1196,17 +1168,14 @@ class _Queue:
             default=math.inf,
         )
 
-    def advance(self, now: float, *, retry_at_once: bool = False) -> list[_Job]:
-        """Make ready what is due, but not too much at a stretch, and return it."""
-        ready: list[_Job] = []
-        until = math.inf if retry_at_once else now
+    def advance(self, now: float, *, retry_at_once: bool = False) -> None:
+        """Make ready what is due, but not too much at a stretch."""
+        until, left = math.inf if retry_at_once else now, _MOST_AT_ONCE
         for heap, limit in (self.retries, until), (self.scheduled, now):
-            while heap and heap[0][0] <= limit and len(ready) < _MOST_AT_ONCE:
-                job = heap[0][2]
-                self.append(job)  # first this: interrupted now, it is not lost
-                ready.append(job)
+            while heap and heap[0][0] <= limit and left > 0:
+                left -= 1
+                self.append(heap[0][2])  # first this: interrupted now, it is not lost
                 heappop(heap)
-        return ready
 
     def ready(self) -> list[deque[_Job]]:
         """Return what may run now, by priority."""
@@ -1214,8 +1183,8 @@ class _Queue:
 
     def emptied(self, *, pending: bool = True) -> Iterator[_Job]:
         """
-        Yield what waits, or only what is scheduled, in order. Each job is taken out
-        after that: interrupted before, it is still counted.
+        Yield what waits, or only what is scheduled, in order. A job is taken out only
+        when the caller has dealt with it: interrupted before, it is still counted.
         """
         for level in self.ready() if pending else ():
             while level:
@@ -1234,18 +1203,17 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = _Lock() if _MAY_STAY_TAKEN else threading.RLock()
-        self.queue = _Queue(self.lock)
+        self.queue = _Queue()
         self.pools: tuple[_Pool, ...] = ()  # those that serve, the latest last
         self.idle: dict[_Worker, None] = {}
         self.in_flight: dict[_Job, _Worker | None] = {}
         self.counts = {"succeeded": 0, "failed": 0, "lost": 0, "handed_over": 0}
         self.rejected = self.retried = self.numbers = self.result_ids = 0
         self.secret = b""
-        self.watchers: dict[Callable[[], None], None] = {}
+        self.watchers: dict[Callable[[], Any], None] = {}
         self.results: dict[str, _TaskJob] = {}
         self.finished: defaultdict[str, deque[str]] = defaultdict(deque)  # by alias
         self.requests_seen = self.lifespan_seen = False
-        self.shares_thread = False
         self.prepared = False
         self.exiting = False
 
@@ -1269,19 +1237,16 @@ class _Process:
             self.start_background()
 
     def check_room(self, *, flows_over: bool = False) -> None:
-        """Raise what keeps a job from being queued, before anything is told of it."""
+        """Raise if no job can be queued now, before anything is said of it."""
         maxsize, immediate = _setting("QUEUE_MAXSIZE"), _setting("IMMEDIATE")
         if immediate or not self.pools:
             _check_configuration()
         if not immediate and 0 < maxsize <= self.queue.qsize():
             with self.lock:
                 self.rejected += not flows_over
-                served = self.someone_serves()
-            if not served:  # as a loop was closed without a word
+            if not self.someone_serves():  # as its loop was closed without a shutdown
                 self.start_background()
-            raise QueueFull(
-                f"As many jobs wait as {_PREFIX}QUEUE_MAXSIZE allows: {maxsize}."
-            )
+            raise QueueFull
 
     def put_later(self, job: _Job, delay: float) -> None:
         if self.queue.append_later(job, delay):
@@ -1291,39 +1256,30 @@ class _Process:
 
     def wake(self, job: _Job) -> None:
         """Wake an idle worker, where the job belongs."""
-        worker = next(iter([*self.idle]), None)
-        if worker is not None:
+        for worker in [*self.idle]:
             if job.on_loop:
                 _call_on(worker.pool.loop, worker.work_on_loop)
             else:
                 worker.call_in_thread(worker.work)
             # Only now: interrupted before, the next job wakes it, perhaps once more.
-            if self.idle.pop(worker, self) is self:
-                self.wake(job)  # a signal handler has woken this one for another job
+            if self.idle.pop(worker, self) is None:
+                return  # else a signal handler has woken it for another job
 
     def wake_all(self) -> None:
-        """Have all that are idle look, if there is anything for them."""
+        """Wake every idle worker, if any job is ready."""
         if any(self.queue.levels.values()):
             for worker in [*self.idle]:
                 worker.call_in_thread(worker.work)
-
-    def look_again(self, *, retry_at_once: bool = False) -> None:
-        """Make ready what is due, and wake workers for it."""
-        with self.lock:
-            self.someone_serves()
-            for job in self.queue.advance(monotonic(), retry_at_once=retry_at_once):
-                self.wake(job)
 
     # Jobs are taken, and settled
 
     def take(self, worker: _Worker) -> _Job | None:
         """Give a worker the next job; without any, it joins the idle."""
         if worker.pool.closed:
-            self.idle.pop(worker, None)
             worker.pool.leave()
             return None
         if self.queue.retries or self.queue.scheduled:
-            self.look_again()
+            self.queue.advance(monotonic())
         for level in self.queue.ready():
             while level:
                 job = level[0]
@@ -1352,7 +1308,7 @@ class _Process:
             return self.take(worker)
 
     def claim(self, job: _Job, outcome: str, reason: str | None = None) -> bool:
-        """Set how a job has ended, if nobody has before. It is told next."""
+        """Set how a job has ended, if nobody has before. It is reported next."""
         with self.lock:
             if job.outcome is not None or job not in self.in_flight:
                 return False
@@ -1373,7 +1329,7 @@ class _Process:
         self, worker: _Worker, job: _Job, delay: float | None = None
     ) -> _Job | None:
         """Let go of a job, or have it wait for its next attempt; take the next one."""
-        # What it leaves goes after that: finalizers may wait, and the lock may not.
+        # Dropped after the lock is released: finalizers may wait for a thread.
         settled, left = False, (job.raised, job.scope)
         with self.lock:
             job.raised = None  # or it would keep itself alive, by way of its frames
@@ -1414,10 +1370,9 @@ class _Process:
     def new_result_id(self) -> str:
         """Return 128 bits that nobody guesses, and no other process has."""
         self.prepare()  # for a fork, after which this is another process
-        # Not by the system's source of randomness each time: whoever looks there lets
-        # another thread go first, and waits for it.
+        # Not os.urandom() each time: it releases the GIL, and waits to get it back.
         with self.lock:
-            self.secret = self.secret or secrets.token_bytes(32)
+            self.secret = self.secret or os.urandom(32)
             self.result_ids += 1
             number = b"%d" % self.result_ids
         return blake2b(number, key=self.secret, digest_size=16).hexdigest()
@@ -1427,7 +1382,7 @@ class _Process:
             return bool(self.in_flight or self.queue.pending())
 
     @contextlib.contextmanager
-    def watching(self, callback: Callable[[], None]) -> Iterator[None]:
+    def watching(self, callback: Callable[[], Any]) -> Iterator[None]:
         """Have a function called, in whatever thread, when jobs may have ended."""
         try:
             with self.lock:
@@ -1445,7 +1400,7 @@ class _Process:
 
     def someone_serves(self) -> bool:
         for pool in self.pools:
-            if pool.loop.is_closed():  # without a word
+            if pool.loop.is_closed():  # without a lifespan.shutdown
                 pool.bury()
         return bool(self.pools)
 
@@ -1476,7 +1431,8 @@ class _Process:
         try:
             with self.lock:
                 if self.pools:  # another thread was faster
-                    return background.loop.close()
+                    background.loop.close()
+                    return
                 self.pools = (background,)
             background.start()
         except BaseException:  # also a signal handler's
@@ -1488,13 +1444,8 @@ class _Process:
             said += ", though requests come: jobs waiting at SIGTERM may be lost"
         _write(level, f"{said}.")
 
-    def serve_what_is_left(self) -> None:
-        """Have run what a signal handler deferred amid the last steps of a drain."""
-        if self.queue.qsize() and not self.pools and not self.exiting:
-            self.start_background()
-
     def prepare(self) -> None:
-        """Be ready for a fork and for the end, once there is something to lose."""
+        """Register for forks and for the exit, once there is something to lose."""
         if self.prepared:
             return
         if hasattr(os, "register_at_fork"):
@@ -1513,7 +1464,6 @@ class _Process:
         """In a forked child: the parent's jobs stay the parent's."""
         parents = vars(self).copy()  # what goes with them may defer, from its __del__
         vars(self).update(vars(_Process()))
-        self.prepared = True
         _inside_job.set(False)  # in which it may have been forked
         _renew_shared_thread()
         flying = [worker.pool for worker in parents["in_flight"].values() if worker]
@@ -1541,9 +1491,8 @@ class _Worker:
         self._latest_call: tuple[Any, ...] | None = None
         # What has ended on the loop, until the thread goes on.
         self.to_finish: _Job | None = None
-        self.ended = self.gone = False
+        self.ended = False
         self._calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        self._interruption: BaseException | None = None
         # By which asgiref finds it, for the ORM calls of the job on the loop; how many
         # such jobs have ended.
         self.sensitive = ThreadSensitiveContext()
@@ -1555,8 +1504,9 @@ class _Worker:
         """Have the thread call a function with arguments. It should not raise."""
         self._calls.put(call)
         if not self.thread.is_alive():  # it has died; or has ended, and is asked again
-            self._interruption = RuntimeError("The thread of the worker has died.")
-            self.thread = _start_thread(self._serve, self.thread.name)
+            died = RuntimeError("The thread of the worker has died.")
+            serve = functools.partial(self._serve, None if self.ended else died)
+            self.thread = _start_thread(serve, self.thread.name)
 
     def submit(
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -1587,27 +1537,22 @@ class _Worker:
 
     # In the thread
 
-    def _serve(self) -> None:
+    def _serve(self, interruption: BaseException | None = None) -> None:
         self.connections = _connections_here()
         _belong_to(self.pool.loop)
         call: tuple[Any, ...] | None = ()
         while call is not None:
             try:
-                error, self._interruption = self._interruption, None
-                if error is not None and not self.ended:
-                    self.recover(error)
-                del error  # or it would live, with all its frames, until the next one
+                if interruption is not None:
+                    self.recover(interruption)
+                interruption = None  # or it would live, with all its frames
                 while (call := self._calls.get()) is not None:
                     call[0](*call[1:])
                     call = ()  # or it would keep a job alive while the thread waits
             except BaseException as error:  # injected by a job, or memory that ran out
-                self._interruption, call = error, ()
+                interruption, call = error, ()
                 if self.has_open_call():  # perhaps its call was hit; twice does no harm
                     self._calls.put(self._latest_call)
-        _close_connections()
-        self.connections = {}
-        self.gone = True
-        _process.notify()
 
     def clean_connections(self) -> None:
         if self.connections:
@@ -1622,8 +1567,7 @@ class _Worker:
             job = self.finish(self.to_finish)
         elif job is None:
             job = _process.take_if_idle(self)
-        if job is not None:
-            self.clean_connections()  # which may have grown too old meanwhile
+        self.clean_connections()  # which may have grown too old meanwhile
         until = monotonic() + _SLICE
         while job is not None:
             if job in _process.in_flight:  # else a drain gave it up on its way
@@ -1639,7 +1583,7 @@ class _Worker:
                 until = monotonic() + _SLICE
 
     def finish(self, job: _Job) -> _Job | None:
-        """End an attempt, and return the next job, to which nothing of it is left."""
+        """End an attempt, and return the next job; leave nothing for it to find."""
         delay = None
         job.loop_has_it = False
         self.to_finish = self.latest = self._latest_call = None
@@ -1660,7 +1604,7 @@ class _Worker:
             job.drop_awaitable()
 
     def recover(self, error: BaseException) -> None:
-        """Go on after an exception from outside of any job; it fails that at hand."""
+        """Go on after an exception injected from outside; the job at hand fails."""
         job, *_ = *_process.held_by(self), None
         if job is None:
             # It may not have noticed its wake-up.
@@ -1678,7 +1622,7 @@ class _Worker:
     # On the loop
 
     def work_on_loop(self, job: _Job | None = None, task: Any = None) -> None:
-        """See work(). With an asyncio task go on after its job, for it has ended."""
+        """As work(), on the loop. Called back by an ended task, go on after its job."""
         try:
             if job is None:
                 job = _process.take_if_idle(self)
@@ -1751,15 +1695,6 @@ _EAGERLY: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 # Seconds for which jobs may hold the loop, or the GIL, at a stretch; and for how long a
 # thread lets the loop have the GIL then.
 _SLICE, _BREATH = 0.001, 0.00005
-# Seconds that a cancelled job, or a thread, has to end before it is left to itself.
-_PATIENCE = 0.25
-# Seconds after the grace period for telling what is lost; for handing Tasks over; and
-# for the shutdown of the wrapped application; and for each of these when it is late.
-_LAST_WORDS, _HAND_OVER, _INNER_SHUTDOWN, _MOMENT = 0.5, 4.0, 1.0, 0.1
-# Seconds until a drain says what it waits for, and between two such lines.
-_FIRST_REPORT, _NEXT_REPORT = 0.1, 5.0
-# How many jobs a line names at most; how many become ready in one step at most.
-_MOST_NAMED, _MOST_AT_ONCE = 20, 200
 
 
 def _close_connections() -> None:
@@ -1785,21 +1720,21 @@ def _clean_connections() -> None:
 
 def _disconnect(connection: Any, **kwargs: Any) -> None:
     """
-    Receive connection_created. Who connects to no database of the project destroys one
-    for tests, which PostgreSQL refuses while idle threads keep their connections.
+    Receive connection_created. A connection to no database of the project means that
+    one for tests is to be dropped; PostgreSQL refuses that while idle threads are
+    connected.
     """
     if connection.alias != _NO_DATABASE:
         return
     with _process.lock:
         for worker in _process.idle:
             worker.call_in_thread(_close_connections)
-    if _process.shares_thread:
-        with contextlib.suppress(RuntimeError, AttributeError):  # at the end
-            SyncToAsync.single_thread_executor.submit(connections.close_all)
+    with contextlib.suppress(RuntimeError, AttributeError):  # at the end
+        SyncToAsync.single_thread_executor.submit(connections.close_all)
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> bool:
-    """From any thread: have a loop call a function. False if it is closed."""
+    """Have a loop call a function, from any thread. Return False if it is closed."""
     try:
         # In an empty context: that of the caller would live until the loop has turned,
         # and one for all cannot be entered by a loop within the loop.
@@ -1842,7 +1777,9 @@ class _Pool:
         if self.timer is not None:
             self.timer.cancel()
         with _process.lock:
-            _process.look_again()
+            _process.someone_serves()  # for a worker may be idle whose loop is closed
+            _process.queue.advance(monotonic())
+            _process.wake_all()
             due = _process.queue.due()
         if due < math.inf and not self.closed:
             seconds = min(max(due - monotonic(), 0), threading.TIMEOUT_MAX)
@@ -1858,15 +1795,20 @@ class _Pool:
         _process.wake_all()  # for jobs for which one of ours was woken
 
     def leave(self) -> None:
-        """Be told, under the lock, that a worker takes no more."""
+        """Note, under the lock, that one of the workers takes no more."""
         _process.notify()
 
     def bury(self) -> None:
-        """Withdraw, as the loop was closed without a word. What it has is lost."""
+        """Withdraw: the loop was closed without a shutdown. What it has is lost."""
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            loss.take_over([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
+            left = [
+                job
+                for job in _process.held_by(*self.workers)
+                if job.on_loop or job.loop_has_it or job.awaitable is not None
+            ]
+            loss.take_over(left)
         say = functools.partial(loss.say, math.inf)
         try:
             _start_thread(say)
@@ -1875,7 +1817,7 @@ class _Pool:
         self.end_workers()
 
     def ends_with_process(self) -> bool:
-        """Tell whether Python does not wait for the thread of the loop."""
+        """Return whether Python exits without waiting for the thread of the loop."""
         return self.thread.daemon or not self.loop.is_running()
 
     def end_workers(self) -> None:
@@ -1887,12 +1829,8 @@ class _Pool:
         _call_on(self.loop, self.look_again)  # without the timer
         self.end_workers()
         until = monotonic() + _PATIENCE
-        while not all(worker.gone for worker in self.workers):
-            if monotonic() >= until:
-                return
-            yield until
-        for worker in self.workers:
-            worker.thread.join(_PATIENCE)
+        while monotonic() < until and any(w.thread.is_alive() for w in self.workers):
+            yield min(until, monotonic() + 0.005)  # a thread tells nobody of its end
 
 
 class _Background(_Pool):
@@ -1924,7 +1862,7 @@ class _Background(_Pool):
             self.loop.close()
 
     def serve(self) -> None:
-        while not self.stopped:  # but by a job
+        while not self.stopped:  # a job may have stopped the loop
             # asyncio has a SystemExit get through that a task raises, of a job's own.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
@@ -1944,12 +1882,28 @@ class _Background(_Pool):
 
 # Drain
 
+# Seconds that a cancelled job, or a thread, has to end before it is left to itself.
+_PATIENCE = 0.25
+# Seconds after the grace period for reporting what is lost.
+_LAST_WORDS = 0.5
+# Seconds after the grace period for handing Tasks over.
+_HAND_OVER = 4.0
+# Seconds that the wrapped application has for its shutdown in any case.
+_INNER_SHUTDOWN = 1.0
+# Seconds that each of these has in any case, when it comes late.
+_MOMENT = 0.1
+# Seconds until a drain says what it waits for, and between two such lines.
+_FIRST_REPORT, _NEXT_REPORT = 0.1, 5.0
+# How many jobs a line names at most.
+_MOST_NAMED = 20
+
 
 def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
     """
-    Wait until nothing is pending or in flight; past the deadline of the pool, give it
-    up, and tell. While other loops serve, they have what waits: only what is in flight
-    here is waited for. In the end, give up scheduled jobs, too, and the threads.
+    Wait until nothing is pending or in flight; past the deadline of the pool, give up
+    the rest and report it. While other loops serve, they take what waits: only what is
+    in flight here is waited for. If final, give up scheduled jobs, too, and end the
+    threads.
     """
     report_at = monotonic() + _FIRST_REPORT
     while True:
@@ -1957,7 +1911,7 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             now = monotonic()
             alone = {pool}.issuperset(_process.pools)
             if alone:
-                _process.look_again(retry_at_once=True)
+                _process.queue.advance(now, retry_at_once=True)
                 _process.wake_all()  # as a wake-up may have been interrupted
             else:
                 pool.withdraw()
@@ -1976,10 +1930,12 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             yield from _say_what_a_drain_waits_for(pending, flying)
             report_at = now + _NEXT_REPORT
         yield min(pool.deadline, report_at)
-    yield from loss.tell(pool.deadline)
+    yield from loss.report(pool.deadline)
     if final:
         yield from pool.end_threads()
-        _process.serve_what_is_left()
+        # Have run what a signal handler deferred amid these last steps.
+        if _process.queue.qsize() and not (_process.pools or _process.exiting):
+            _process.start_background()
 
 
 def _grace_period_over_at() -> float:
@@ -2013,11 +1969,11 @@ def _say_what_a_drain_waits_for(pending: int, flying: list[_Job]) -> _Waiting:
 
 
 def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
-    """Have done what may hang. Wait for it, but not for long."""
+    """Call what may hang in a thread of its own, and wait for it until then at most."""
     done = threading.Event()
 
     def call() -> None:
-        with _reported("A drain could not tell of all jobs."):
+        with _reported("A drain could not report all jobs."):
             function()
         done.set()
         _process.notify()
@@ -2033,19 +1989,15 @@ def _in_spare_thread(function: Callable[[], None], until: float) -> _Waiting:
 
 class _Loss:
     """
-    What is given up together. It is claimed and counted in one step; then it is told,
-    lines first and signals afterwards, for as long as there is time.
+    What is given up together. It is claimed and counted in one step, then reported:
+    lines first, signals afterwards, for as long as there is time.
     """
 
     def __init__(self) -> None:
-        self.began = monotonic()
         self.in_flight: list[_Job] = []
         self.waiting: list[_Job] = []
-        # What another backend would take, and what it has taken.
-        self.moving: list[Any] = []
-        self.moved: list[_Job] = []
-        self.tasks: list[asyncio.Task[None]] = []
-        self.untold: deque[_Job] = deque()
+        self.moving: list[Any] = []  # what another backend would take
+        self.unreported: deque[_Job] = deque()
 
     def take_over(self, in_flight: list[_Job], waiting: Iterable[_Job] = ()) -> None:
         """Under the lock: give up jobs, or have them move where that may be."""
@@ -2061,11 +2013,9 @@ class _Loss:
 
     def lose(self, job: _Job) -> None:
         """Under the lock: set that a job is lost, unless it has ended, and count it."""
-        # What is in flight without an attempt, another drain hands over.
+        # In flight without an attempt: another drain is handing it over.
         flying = job.attempt > 0 and job in _process.in_flight
-        if flying and job.task is not None:
-            self.tasks.append(job.task)
-        if job.outcome is None:  # else it has ended, and is perhaps being told of
+        if job.outcome is None:  # else it has ended, and is perhaps being reported
             _process.in_flight.setdefault(job)  # for the one step that this takes
             when = f"{_seconds_since(job.started)} s after" if flying else "before"
             _process.claim(job, "lost", f"The process ended {when} the job began.")
@@ -2073,12 +2023,14 @@ class _Loss:
         _process.settle(job)
 
     def jobs(self) -> list[_Job]:
-        return [*self.in_flight, *self.waiting, *self.moved]
+        moved = [job for job in self.moving if job.outcome == "handed_over"]
+        return [*self.in_flight, *self.waiting, *moved]
 
-    def tell(self, deadline: float = math.inf) -> _Waiting:
-        """Tell of it. What has less time, as the deadline is past, has a moment still."""
-        until = min(self.began, deadline)
-        for task in self.tasks:
+    def report(self, deadline: float = math.inf) -> _Waiting:
+        """Report it, in the time after the deadline; if that is over, in a moment."""
+        until = min(monotonic(), deadline)
+        tasks = [job.task for job in self.in_flight if job.task is not None]
+        for task in tasks:
             _call_on(task.get_loop(), task.cancel)
         if self.moving:
             until = max(until + _HAND_OVER, monotonic() + _MOMENT)
@@ -2089,12 +2041,12 @@ class _Loss:
         until = max(until + _LAST_WORDS, monotonic() + _MOMENT)
         if self.jobs():
             yield from _in_spare_thread(functools.partial(self.say, until), until)
-            if left := len(self.untold):
-                self.untold.clear()
-                what = "There was no time for their task_finished."
+            if left := len(self.unreported):
+                self.unreported.clear()
+                what = "No time was left to send task_finished for some Tasks."
                 say = functools.partial(_write, logging.ERROR, what, untold=left)
                 yield from _in_spare_thread(say, monotonic() + _MOMENT)
-        while not all(task.done() for task in self.tasks) and monotonic() < until:
+        while not all(task.done() for task in tasks) and monotonic() < until:
             yield until
 
     def hand_over(self) -> None:
@@ -2107,22 +2059,21 @@ class _Loss:
                 with _process.lock:
                     if _process.claim(job, "handed_over", where):
                         _process.settle(job)
-                        self.moved.append(job)
 
     def say(self, until: float) -> None:
-        self.untold.extend(job for job in self.jobs() if job.observed)
+        self.unreported.extend(job for job in self.jobs() if job.observed)
         for job in self.in_flight:
-            seconds = round(self.began - job.started, 3)
-            job.tell(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
+            seconds = _seconds_since(job.started)
+            job.report(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
         by_name: dict[str, list[_Job]] = {}
         for job in self.waiting:
             by_name.setdefault(job.name, []).append(job)
         for name, jobs in by_name.items():
             ids = [job.id for job in jobs[:_MOST_NAMED]]
             _write(logging.ERROR, "", lost=len(jobs), job=name, ids=",".join(ids))
-        while self.untold and monotonic() < until:
-            job = self.untold.popleft()
-            job.tell(job.tell_end, None)
+        while self.unreported and monotonic() < until:
+            job = self.unreported.popleft()
+            job.report(job.report_end, None)
         for job in self.jobs():
             job.forget()
 
@@ -2145,7 +2096,7 @@ def _drain_at_exit() -> None:
         # If one still serves, a thread goes on for which Python waits.
         waiting = () if _process.pools else _process.queue.emptied()
         loss.take_over(_in_flight_at_exit(), waiting)
-    _drive(loss.tell())
+    _drive(loss.report())
 
 
 def _pool_to_drain_at_exit() -> _Pool | None:
@@ -2172,7 +2123,7 @@ def _drive_to_the_end(pool: _Pool, drain: Any) -> None:
             return _drive(drain)
         except BaseException:
             pool.deadline = monotonic()
-            if drain.gi_frame is None:  # it was hit itself
+            if drain.gi_frame is None:  # the interruption ended the generator itself
                 drain = _drain(pool, final=True)
 
 
@@ -2196,7 +2147,15 @@ def django_simple_task_middleware(app: Any, *, asgi_version: int = 3) -> Any:
         raise ValueError(f"asgi_version must be 2 or 3, not {asgi_version!r}.")
     if not callable(app):
         raise TypeError(f"app must be an ASGI application, not {type(app).__name__}.")
-    middleware = _Middleware(app)
+    app = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _Lifespan(app, scope, receive, send).run()
+        else:
+            _process.requests_seen = True
+            await app(scope, receive, send)
+
     if asgi_version == 3:
         return middleware
     return lambda scope: functools.partial(middleware, scope)
@@ -2207,18 +2166,6 @@ def django_simple_task_middlware(app: Any, *, asgi_version: int = 3) -> Any:
     cure = "It is now spelt django_simple_task_middleware."
     warnings.warn(cure, DeprecationWarning, stacklevel=2)
     return django_simple_task_middleware(app, asgi_version=asgi_version)
-
-
-class _Middleware:
-    def __init__(self, app: Any) -> None:
-        self.app: Any = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await _Lifespan(self.app, scope, receive, send).run()
-        else:
-            _process.requests_seen = True
-            await self.app(scope, receive, send)
 
 
 class _Lifespan:
@@ -2295,14 +2242,12 @@ class _Lifespan:
 
     async def break_off(self, error: BaseException) -> None:
         """End without an answer; at once, if the server does not wait."""
-        if isinstance(error, asyncio.CancelledError):
-            return await self.abandon()
-        _write(logging.ERROR, "The lifespan was broken off.", error)
         try:
-            await self.shutdown()
-        except asyncio.CancelledError:  # now the server does not wait any more
+            if not isinstance(error, asyncio.CancelledError):
+                _write(logging.ERROR, "The lifespan was broken off.", error)
+                await self.shutdown()
+        finally:  # where that was cancelled, the server does not wait any more
             await self.abandon()
-            raise
 
     async def abandon(self) -> None:
         """Give up at once what is unfinished, and report it."""
@@ -2314,7 +2259,7 @@ class _Lifespan:
         if pool.lifespans > 0:
             return
         pool.deadline = monotonic()
-        # First what was broken off.
+        # First the drain that was broken off.
         drain = itertools.chain(self.drain, _drain(pool, final=True))
         try:
             await _adrive(drain)
@@ -2335,8 +2280,7 @@ class _InnerLifespan:
 
     async def startup(self) -> str | None:
         """Return why it failed; None if it did not, or if there is no lifespan."""
-        ours = isinstance(self.app, ASGIHandler)
-        if ours and type(self.app).__call__ is ASGIHandler.__call__:
+        if type(self.app).__call__ is ASGIHandler.__call__:
             return None  # Django's own handler refuses any lifespan
         return await self.ask("lifespan.startup", math.inf)
 
@@ -2358,10 +2302,9 @@ class _InnerLifespan:
     async def serve(self) -> None:
         try:
             await self.app(self.scope, self.receive, self.send)
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
-            if self.asked:  # else it refused the scope, and has no lifespan
+            # Else it refused the scope, and has no lifespan; or was told to end.
+            if self.asked and not isinstance(error, asyncio.CancelledError):
                 what = "The lifespan of the wrapped application failed."
                 _write(logging.ERROR, what, error)
 
@@ -2375,8 +2318,7 @@ class _InnerLifespan:
             self.answer.set_result(message)
 
     async def ask(self, kind: str, deadline: float) -> str | None:
-        loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[Mapping[str, Any]] = loop.create_future()
+        self.answer: asyncio.Future[Mapping[str, Any]] = asyncio.Future()
         self.questions.put_nowait({"type": kind})
         if self.task is None:  # only now: an eager one may answer at once
             self.task = asyncio.create_task(self.serve())
@@ -2396,7 +2338,7 @@ def _defer_task(task: Any, arguments: Any, options: Any) -> None:
     if options is not None:
         _check_keys("options of a Task", options, ("priority", "run_after"))
         run_after = options.get("run_after")
-        _seconds_until(run_after)  # which refuses what is no time
+        _seconds_until(run_after)  # raises for what is no time
         if isinstance(run_after, timedelta):
             try:
                 run_after = now() + max(run_after, timedelta(0))
@@ -2472,7 +2414,7 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         try:
             with _process.lock:
                 _process.results[job.id] = job
-            _seconds_until(task.run_after)  # which refuses what is no time
+            _seconds_until(task.run_after)  # raises for what is no time
             result = job.send(tasks.signals.task_enqueued)
             _log(logging.DEBUG, job, "deferred")
             _process.put(job, _seconds_until(task.run_after))
@@ -2485,32 +2427,23 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
 
     def get_result(self, result_id: str) -> Any:
         """Return a snapshot of a TaskResult, or raise TaskResultDoesNotExist."""
-        job = self.job(result_id)
-        if job is not None:
+        with _process.lock:
+            job = _process.results.get(result_id)
+        if job is not None and job.backend.alias == self.alias:
             return job.snapshot()
-        return self.where_else().get_result(result_id)
+        if self.overflow is not None:
+            return tasks.task_backends[self.overflow].get_result(result_id)
+        raise tasks.exceptions.TaskResultDoesNotExist(
+            "This process has no such TaskResult: SimpleTaskBackend keeps results in "
+            "the process that took the Task, of the finished ones the latest "
+            "MAX_RESULTS."
+        )
 
     async def aget_result(self, result_id: str) -> Any:
         """See get_result()."""
-        job = self.job(result_id)
-        if job is not None:
-            return job.snapshot()
-        return await self.where_else().aget_result(result_id)
-
-    def job(self, result_id: str) -> _TaskJob | None:
-        with _process.lock:
-            job = _process.results.get(result_id)
-        return job if job is not None and job.backend.alias == self.alias else None
-
-    def where_else(self) -> Any:
-        """Return the backend to ask for a result that is not here, or raise."""
         if self.overflow is None:
-            raise tasks.exceptions.TaskResultDoesNotExist(
-                "This process has no such TaskResult: SimpleTaskBackend keeps results "
-                "in the process that took the Task, of the finished ones the latest "
-                "MAX_RESULTS."
-            )
-        return tasks.task_backends[self.overflow]
+            return self.get_result(result_id)
+        return await super().aget_result(result_id)
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
         """Check OPTIONS, for `manage.py check`."""
@@ -2520,7 +2453,7 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         where = f'TASKS["{self.alias}"]["OPTIONS"]'
         may = f"It may have {', '.join(_BACKEND_OPTIONS)}."
         if not isinstance(self.options, dict):
-            yield _error(6, f"{where} is {_shown(self.options)}: no dict.", may)
+            yield _error(6, f"{where} is {_shown(self.options)}, not a dict.", may)
             return
         for name, value in self.options.items():
             field = _BACKEND_OPTIONS.get(name)
@@ -2592,7 +2525,6 @@ class _TaskJob(_Job):
         options = backend.job_options(task, on_loop)
         super().__init__(task.func, args, kwargs, on_loop, options, _capture_context())
         self.backend = backend
-        self.takes_context = task.takes_context
         self.movable = backend.overflow is not None
         # What its TaskResult has. Under the lock: nobody sees half.
         self.fields: dict[str, Any] = {
@@ -2631,10 +2563,6 @@ class _TaskJob(_Job):
             if self.outcome is None:  # a drain may have lost it just now
                 self.fields.update(changes)
 
-    def begin(self) -> None:
-        super().begin()
-        self.to_announce = True
-
     def announce(self, worker: str) -> None:
         self.to_announce = False
         moment = now()
@@ -2646,12 +2574,11 @@ class _TaskJob(_Job):
         )
         # In the attempt's own context: what a receiver sets there, the job sees.
         self.scope.run(self.enter)
-        tell = functools.partial(self.send, tasks.signals.task_started)
-        self.tell_within(self.scope, tell)
+        self.report(self.send, tasks.signals.task_started, within=self.scope)
 
     def call(self) -> Any:
         args, kwargs = _copied(self.args), _copied(self.kwargs)
-        if self.takes_context:
+        if self.fields["task"].takes_context:
             context = tasks.base.TaskContext(task_result=self.snapshot())
             return self.func(context, *args, **kwargs)
         return self.func(*args, **kwargs)
@@ -2680,7 +2607,7 @@ class _TaskJob(_Job):
         while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
             _process.results.pop(finished.popleft(), None)
 
-    def tell_end(self, error: BaseException | None) -> None:
+    def report_end(self, error: BaseException | None) -> None:
         if error is None:
             self.send(tasks.signals.task_finished)
             return
@@ -2709,7 +2636,7 @@ class _TaskJob(_Job):
         return f"Handed over to the backend {task.backend!r}, as {result.id}."
 
 
-# Python's stack bears a thousand calls, of which the readers of a result need some.
+# Far below Python's limit of 1,000 frames: readers of a result need some.
 _DEEPEST = 201
 
 
@@ -2729,7 +2656,9 @@ def _copy_json(value: Any) -> Any:
     try:
         return _copied(tasks.base.normalize_json(value))
     except RecursionError:
-        raise ValueError("The value is nested too deep, or in a circle.") from None
+        raise ValueError(
+            "The value is nested too deeply, or contains itself."
+        ) from None
 
 
 class _TaskResult(TaskResult):  # type: ignore[misc, valid-type, unused-ignore]
@@ -2751,14 +2680,14 @@ def _check_overflow(
     if not isinstance(alias, str):
         return
     if backend.overflow is None:
-        fault = f"{where} is {_shown(alias)}, which is no other engine of TASKS."
+        fault = f"{where} is {_shown(alias)}, which is not another backend in TASKS."
         yield _error(9, fault, "Name the alias of a durable engine.")
         return
     there = tasks.task_backends[alias].queues
     missing = backend.queues - there if backend.queues else {"any other"}
     if there and missing:
         names = ", ".join(sorted(missing))
-        fault = f"{where} is {alias!r}, which has not every queue: {names}."
+        fault = f"{where} is {alias!r}, which lacks these queues: {names}."
         yield _error(10, fault, f'Add to TASKS["{alias}"]["QUEUES"], or set it to [].')
 
 
@@ -2849,4 +2778,5 @@ def _check_deployment(**kwargs: Any) -> Iterator[checks.CheckMessage]:
         )
 
 
+# Last, as it needs the classes above.
 _process = _Process()
