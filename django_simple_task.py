@@ -1466,9 +1466,6 @@ class _Process:
         vars(self).update(vars(_Process()))
         _inside_job.set(False)  # in which it may have been forked
         _renew_shared_thread()
-        flying = [worker.pool for worker in parents["in_flight"].values() if worker]
-        for pool in [*parents["pools"], *flying]:
-            pool.closed = True
 
 
 # Workers

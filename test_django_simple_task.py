@@ -1710,6 +1710,47 @@ def test_a_thread_that_was_killed_is_replaced(ledger, kind, moment):
     assert (len(ledger.runs), since(before)) == (6, {"accepted": 6, **ended})
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_jobs_leave_the_loop_its_turns(kind):
+    """Where jobs run: a task of its own. While many wait, others get their turn, too."""
+    turns = 0
+    async with serving():
+        for _ in range(20_000):
+            defer_as(kind, do_nothing)
+        while stats()["pending"]:
+            await asyncio.sleep(0)
+            turns += 1
+    assert turns > 10
+
+
+def test_ctrl_c_amid_the_end_of_a_job_reaches_its_server():
+    """Failures: cancelled tasks. It gets out of the loop, and not out of the job alone."""
+    script = run_to_its_end(
+        """
+        async def job():
+            await asyncio.sleep(0)
+            sys.setprofile(Raising(step, KeyboardInterrupt))
+
+        async def main():
+            async with serving(SHUTDOWN_GRACE_PERIOD=1):
+                defer(job)
+                assert await ajoin(10)
+
+        got_out = 0
+        for step in range(1, 20):
+            try:
+                asyncio.run(main())
+            except KeyboardInterrupt:
+                got_out += 1
+            finally:
+                sys.setprofile(None)
+        print(got_out > 3)
+        """,
+        STEPS,
+    )
+    assert script.stdout == "True\n"
+
+
 async def running_loop():
     return asyncio.get_running_loop()
 
@@ -2402,6 +2443,7 @@ def test_what_is_long_is_cut(lines):
     fail.__qualname__ = HOSTILE
     defer(fail, options=TWICE)
     assert join(HANG)
+    assert lines.runs[0].job.startswith(f"{__name__}.x\\nCRITICAL root forged\\r\\x1b")
     assert all(100 < len(line.job) <= 200 for line in lines.runs)
     _, retried, failed = lines.runs
     assert 100 < len(retried.reason) <= 200
@@ -3491,11 +3533,13 @@ def test_a_hundred_lifespans_one_after_another(ledger):
 
     left = []
     for _ in range(100):
+        defer(ledger.note)  # in the background, which each time ends
+        assert join(HANG)
         asyncio.run(main())
         files = os.listdir("/proc/self/fd") if os.path.exists("/proc/self") else []
         left.append(threading.active_count() + len(files))
     assert left[-1] < left[0] + 20
-    assert (len(ledger.runs), stats()["workers"]) == (500, 0)
+    assert (len(ledger.runs), stats()["workers"]) == (600, 0)
 
 
 @pytest.mark.parametrize(("grace", "outcome"), [(None, "succeeded"), (0.3, "lost")])
