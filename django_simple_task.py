@@ -1168,14 +1168,15 @@ class _Queue:
             default=math.inf,
         )
 
-    def advance(self, now: float, *, retry_at_once: bool = False) -> None:
-        """Make ready what is due, but not too much at a stretch."""
+    def advance(self, now: float, *, retry_at_once: bool = False) -> bool:
+        """Make ready what is due, not too much at a stretch. Return whether any is."""
         until, left = math.inf if retry_at_once else now, _MOST_AT_ONCE
         for heap, limit in (self.retries, until), (self.scheduled, now):
             while heap and heap[0][0] <= limit and left > 0:
                 left -= 1
                 self.append(heap[0][2])  # first this: interrupted now, it is not lost
                 heappop(heap)
+        return left < _MOST_AT_ONCE
 
     def ready(self) -> list[deque[_Job]]:
         """Return what may run now, by priority."""
@@ -1278,8 +1279,9 @@ class _Process:
         if worker.pool.closed:
             worker.pool.leave()
             return None
-        if self.queue.retries or self.queue.scheduled:
-            self.queue.advance(monotonic())
+        waits = self.queue.retries or self.queue.scheduled
+        if waits and self.queue.advance(monotonic()):
+            self.wake_all()
         for level in self.queue.ready():
             while level:
                 job = level[0]
@@ -1462,10 +1464,11 @@ class _Process:
 
     def start_empty(self) -> None:
         """In a forked child: the parent's jobs stay the parent's."""
-        parents = vars(self).copy()  # what goes with them may defer, from its __del__
+        parents = vars(self).copy()
         vars(self).update(vars(_Process()))
         _inside_job.set(False)  # in which it may have been forked
         _renew_shared_thread()
+        del parents  # only now: what goes with it may defer, from its `__del__`
 
 
 # Workers
