@@ -417,6 +417,12 @@ class Hung:
         defer(self.link)
         await asyncio.sleep(0)
 
+    async def begin(self, *jobs, at_once=0, **options):
+        """Defer jobs that hang, and wait until they are in flight, or some at once."""
+        for job in jobs:
+            defer(job, options=options)
+        await off_the_loop(self.began.wait, at_once or len(jobs))
+
     def line(self, text, job=lambda: None, **options):
         """Let a logging handler hang; it holds its lock, as handlers do."""
         handler = logging.Handler()

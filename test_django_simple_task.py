@@ -428,9 +428,8 @@ async def test_workers_bound_what_is_in_flight(nothing_serves, hung, where, work
         async with serving() if where == "server" else contextlib.nullcontext():
             defer(int)  # with which the background starts
             with configured(WORKERS=9):
-                for job in [hung.job, sync_to_async(hung.job)] * workers:
-                    defer(job)
-                await off_the_loop(hung.began.wait, workers)
+                jobs = [hung.job, sync_to_async(hung.job)] * workers
+                await hung.begin(*jobs, at_once=workers)
                 now = stats()
                 for account in "workers", "in_flight", "pending":
                     assert now[account] == workers
@@ -1764,8 +1763,7 @@ def test_async_to_sync_runs_on_a_loop_of_its_own_when_that_one_has_ended(ledger,
         ledger.note(async_to_sync(running_loop)())
 
     async def main():
-        defer(job)
-        await off_the_loop(hung.began.wait, 1)
+        await hung.begin(job)
         return asyncio.get_running_loop()
 
     loop = run_served(main, SHUTDOWN_GRACE_PERIOD=0)
@@ -2865,8 +2863,7 @@ async def test_a_full_queue_does_not_hold_the_shutdown_up(kind, hung, said):
     if kind == "Tasks":
         enqueue = tasks_package().task(do_nothing).enqueue
     async with serving(SHUTDOWN_GRACE_PERIOD=0.1) as server:
-        defer(hung.coroutine)
-        await off_the_loop(hung.began.wait, 1)
+        await hung.begin(hung.coroutine)
         await asyncio.to_thread(lambda: [enqueue() for _ in range(100_000)] and None)
         with pytest.raises(QueueFull):
             enqueue()
@@ -2902,9 +2899,7 @@ async def test_what_is_lost_is_reported_once_for_each_function(hung, said):
     server = Watched(django_simple_task_middleware(app))
     with configured(WORKERS=3, SHUTDOWN_GRACE_PERIOD=0.2):
         await server.startup()
-        for job in hung.job, second, hung.stubborn:
-            defer(job)
-        await off_the_loop(hung.began.wait, 3)
+        await hung.begin(hung.job, second, hung.stubborn)
         for n in range(100):
             defer(first if n % 5 else second)
         for _ in range(5):
@@ -2926,9 +2921,7 @@ async def test_what_is_lost_is_reported_once_for_each_function(hung, said):
 async def test_a_drain_that_takes_time_says_what_it_waits_for(times, grace, hung, said):
     """Shutdown: draining lines. The first soon, and one every 5 seconds."""
     async with serving(WORKERS=2) as server:
-        defer(hung.job)
-        defer(hung.stubborn)
-        await off_the_loop(hung.began.wait, 2)
+        await hung.begin(hung.job, hung.stubborn)
         for _ in range(7):
             defer(do_nothing)
         with configured(SHUTDOWN_GRACE_PERIOD=grace):
@@ -3059,8 +3052,7 @@ async def test_without_room_for_threads_all_is_reported(hung, said, monkeypatch)
     """Shutdown: reports. Also where no thread can be started any more."""
     before, full = stats(), RuntimeError("can't start new thread")
     async with serving(SHUTDOWN_GRACE_PERIOD=0) as server:
-        defer(sync_to_async(hung.job), options={"timeout": 0.1})
-        await off_the_loop(hung.began.wait, 1)
+        await hung.begin(sync_to_async(hung.job), timeout=0.1)
         monkeypatch.setattr(threading.Thread, "start", lambda thread: raises(full))
         while not said.runs:
             await asyncio.sleep(0)
@@ -3084,8 +3076,7 @@ async def test_a_job_that_outlives_the_drain_leaves_no_thread(orm, hung, said):
         await outlives.wait()
 
     async with serving(SHUTDOWN_GRACE_PERIOD=0):
-        defer(stubborn)
-        await off_the_loop(hung.began.wait, 1)
+        await hung.begin(stubborn)
     outlives.set()
     await asyncio.wait(tasks)
     hung.release.set()
@@ -3565,8 +3556,7 @@ async def test_the_middleware_stacked_twice_answers_when_all_is_reported(hung):
     server = Server(app)
     with configured(SHUTDOWN_GRACE_PERIOD=1.2):
         await server.startup()
-        defer(hung.coroutine)
-        await off_the_loop(hung.began.wait, 1)
+        await hung.begin(hung.coroutine)
         await server.shutdown(within=1.2)
     assert answers == [(STARTED["type"], 0), (ENDED["type"], 0)]
 
