@@ -4406,26 +4406,20 @@ BAD_OPTIONS_OF_A_BACKEND = [
 ]
 
 
-def check_tasks():
-    found = [each for each in checks.run_checks() if "TASKS" in each.msg]
-    assert all(each.id.startswith("django_simple_task.E") for each in found)
-    return found
-
-
 @pytest.mark.parametrize("options", BAD_OPTIONS_OF_A_BACKEND, ids=repr)
 def test_options_are_checked(options, no_server):
     """django.tasks: checks. An error that names alias and option, with id and hint."""
-    assert check_tasks() == []
+    assert our_checks() == []
     bad = {**simple_tasks(), "OPTIONS": options}
     with override_settings(TASKS={**TASKS, "default": bad}):
-        (error,) = check_tasks()
+        (error,) = our_checks()
         with pytest.raises(ImproperlyConfigured) as raised:
             add.enqueue(1, 2)
     (name,) = options if isinstance(options, dict) else ["OPTIONS"]
     assert str(name) in error.msg
-    assert "default" in error.msg
+    assert "TASKS" in error.msg and "default" in error.msg
     assert (str(raised.value), error.level) == (error.msg, checks.ERROR)
-    assert error.hint
+    assert error.id.startswith("django_simple_task.E") and error.hint
 
 
 def test_all_faults_of_the_options_are_named_at_once(no_server):
@@ -4435,7 +4429,7 @@ def test_all_faults_of_the_options_are_named_at_once(no_server):
     over = {**simple_tasks(OVERFLOW_BACKEND="narrow"), "QUEUES": ["default"]}
     aliases = {"default": simple_tasks(**bad), "over": over, "narrow": narrow}
     with override_settings(TASKS=aliases):
-        assert len({error.id for error in check_tasks()}) == len(bad) + 1
+        assert len({error.id for error in our_checks()}) == len(bad) + 1
 
 
 @pytest.mark.parametrize("ours", [["default"], ["default", "low"], []])
@@ -4445,7 +4439,7 @@ def test_an_overflow_must_have_our_queues(ours, theirs, no_server):
     over = {**TASKS["over"], "QUEUES": ours}
     elsewhere = {**TASKS["elsewhere"], "QUEUES": theirs}
     with override_settings(TASKS={"default": over, "elsewhere": elsewhere}):
-        found = check_tasks()
+        found = our_checks()
     assert len(found) == bool(theirs and not (ours and {*ours} <= {*theirs}))
     assert all("QUEUES" in each.msg + each.hint for each in found)
 
