@@ -37,7 +37,9 @@ import django
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from asgiref.testing import ApplicationCommunicator
+from django.apps import apps
 from django.conf import settings
+from django.core import checks
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 from django.db.backends.sqlite3.base import DatabaseWrapper
@@ -169,6 +171,15 @@ async def serving(app=plain_app, **ours):
         finally:
             if not server.task.done():
                 await server.shutdown()
+
+
+async def refused_startup(middleware=django_simple_task_middleware):
+    """Return the only answer of a lifespan that ends with its startup."""
+    server = Server(middleware(plain_app))
+    answer = await server.startup()
+    await asyncio.wait_for(server.task, HANG)
+    assert server.sent == [answer]
+    return answer
 
 
 def stopped_loop(act=None):
@@ -485,6 +496,11 @@ def configured(**ours):
     return override_settings(**named)
 
 
+def our_checks(**kwargs):
+    found = checks.run_checks(**kwargs)
+    return [check for check in found if check.id.startswith("django_simple_task.")]
+
+
 @contextlib.contextmanager
 def loop_in_a_thread():
     loop = asyncio.new_event_loop()
@@ -570,6 +586,12 @@ def raises(error):
     raise error
 
 
+class Untellable(Exception):
+    """Raises what it is made with when it is to be shown."""
+
+    __str__ = __repr__ = lambda self: raises(self.args[0])
+
+
 @contextlib.contextmanager
 def ctrl_c_raising(error):
     handler = signal.signal(signal.SIGINT, lambda *args: raises(error))
@@ -594,6 +616,45 @@ def defer_as(kind, function, *args, **options):
     deferred = {"async": job, "orm": orm, "awaitable": lambda: job()}.get(kind)
     options |= {"thread_sensitive": True} if kind == "thread_sensitive" else {}
     defer(deferred or partial(function, *args), options=options)
+
+
+ONCE_AROUND = ["enter 1", "around 1", "exit 1", "enter 2", "around 2", "exit 2"]
+
+
+def note_around(ledger, kind, form="sync", **ours):
+    """Run a job that fails once; return who was in which thread or asyncio task."""
+
+    def note(what):
+        on_loop = asyncio._get_running_loop() is not None
+        here = asyncio.current_task() if on_loop else threading.get_ident()
+        ledger.note((what, here))
+
+    @contextlib.contextmanager
+    def around(job):
+        note(f"enter {job.attempt}")
+        customer.set(f"around {job.attempt}")
+        try:
+            yield
+        finally:
+            note(f"exit {job.attempt}")
+
+    @contextlib.asynccontextmanager
+    async def aaround(job):
+        await asyncio.sleep(0)
+        with around(job):
+            yield
+
+    def job():
+        note(customer.get())
+        if customer.get() == "around 1":
+            fail()
+
+    before = stats()
+    with configured(AROUND_JOB=aaround if form == "async" else around, **ours):
+        in_a_thread(partial(defer_as, kind, job, max_attempts=2, backoff=0))
+        assert join(HANG)
+    assert since(before) == {"accepted": 1, "succeeded": 1, "retried": 1}
+    return zip(*ledger.runs, strict=True)
 
 
 def run_in_project(folder, code, *flags, name="django_simple_task"):
@@ -631,6 +692,15 @@ def where(request):
     return lambda play: run_served(partial(asyncio.to_thread, play))
 
 
+def called(on_a_loop, function):
+    """Call a function where a loop runs, or where none does."""
+
+    async def main():
+        function()
+
+    asyncio.run(main()) if on_a_loop else function()
+
+
 of_project = asgiref.local.Local()
 
 CALLERS = ("caller's", "caller's", "de", "Asia/Tokyo", "/caller's/", None)
@@ -655,6 +725,20 @@ def set_all(whose, language="fr", zone="Europe/Paris"):
 
 
 set_callers = partial(set_all, "caller's", "de", "Asia/Tokyo")
+
+
+def serving_loop():
+    return apps.get_app_config("django_simple_task").loop
+
+
+def place():
+    """Tell whether the caller is on the loop that serves."""
+    loop = asyncio._get_running_loop()
+    return "thread" if loop is None else "loop" if loop is serving_loop() else "other"
+
+
+async def running_loop():
+    return asyncio.get_running_loop()
 
 
 @sync_only_middleware
@@ -845,6 +929,22 @@ def at_each_step(call, error):
         if not got_out:
             break
     assert step > 5
+
+
+# Where Python looks for signals in our code: as a function begins, and as a builtin has
+# returned. Finalizers run there, too, and there the stack ends, and memory.
+STEPS = """
+import django_simple_task
+from conftest import Interrupt, Raising, at_each_step, is_a_step, serving
+
+def check(*what):
+    now = stats()
+    assert len(ran) == now["accepted"] == now["succeeded"], (*what, len(ran), now)
+
+logging.disable()
+ran = []
+"""
+NO_HANG = {"DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD": 1}  # when an assertion fails
 
 
 def need_threads_at_exit():
@@ -1417,6 +1517,17 @@ def redis_server(folder):
             server.terminate()
 
 
+# What lines of the ends of jobs begin with, and the accounts that tell of the same.
+ENDS = {"finished": "succeeded", "failed": "failed", "lost": "lost"}
+
+
+def tally(told, record):
+    """Count the lines of the log that are about jobs, by their beginning."""
+    event = re.match("finished|failed|lost|will be retried", record.getMessage())
+    if event and hasattr(record, "job"):
+        told[event[0]] += getattr(record, "lost", 1)
+
+
 @contextlib.contextmanager
 def stumbling(draw):
     """
@@ -1499,6 +1610,68 @@ def run_load(body, **named):
     script = f"{LOAD}{head}{body}\nasyncio.run(main())"
     result = run_script(script, dev=False, timeout=6 * HANG, **named)
     assert result.returncode == 0, result.stderr
+
+
+# Release 0.1.2
+
+OLD_AND_NEW = """
+import asyncio, os, threading, traceback, django
+from django.conf import settings
+settings.configure(INSTALLED_APPS=["django_simple_task"], USE_TZ=True)
+django.setup()
+from django.test import override_settings
+import django_simple_task
+from django_simple_task import defer, django_simple_task_middlware
+vars(django_simple_task).setdefault("__getattr__", bool)  # for what conftest asks for
+import conftest
+
+conftest.HANG = int(os.environ["HANG"])
+ledger = conftest.Ledger()
+
+async def link(left):
+    ledger.note()
+    if left > 1:
+        defer(link, {"args": [left - 1]})
+
+def hang():
+    ledger.note()
+    threading.Event().wait()
+
+async def main():
+    server = conftest.Server(django_simple_task_middlware(conftest.plain_app))
+    ran = lambda count: asyncio.to_thread(ledger.wait, count)
+    ROW
+
+try:
+    asyncio.new_event_loop().run_until_complete(main())
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)  # whatever hangs
+os._exit(0)
+"""
+
+
+def run_row(row, folder, *path, hang):
+    """Run a script with the module of the first folder in which there is one."""
+    body = textwrap.indent(textwrap.dedent(row), "    ").strip()
+    return subprocess.run(
+        [sys.executable, "-c", OLD_AND_NEW.replace("ROW", body)],
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "HANG": str(hang), "PYTHONPATH": os.pathsep.join(path)},
+        text=True,
+        timeout=4 * hang,
+    )
+
+
+@pytest.fixture(scope="module")
+def release_0_1_2(tmp_path_factory):
+    """Have pip put it into a folder of its own, for it has the same name."""
+    folder = str(tmp_path_factory.mktemp("release-0.1.2"))
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    pip += ["--no-deps", "--target", folder, "django-simple-task==0.1.2"]
+    subprocess.run(pip, check=True, capture_output=True, timeout=5 * HANG)
+    return folder
 
 
 # The demo

@@ -77,19 +77,23 @@ from conftest import (
     DEMO,
     EACH_KIND,
     ENDED,
+    ENDS,
     HANG,
     HAS_FAILED,
     HERE,
     IS_DONE,
     IS_READY,
     IS_RUNNING,
+    NO_HANG,
     NOTHING_SET,
+    ONCE_AROUND,
     PLACES,
     README,
     SERVERS,
     SHOWN,
     SIGNALS,
     STARTED,
+    STEPS,
     TASKS,
     TASKS_NAME,
     WAY_OUT,
@@ -101,11 +105,13 @@ from conftest import (
     Server,
     Task,
     TaskOfElsewhere,
+    Untellable,
     afail,
     app_with_a_lifespan,
     assert_closed,
     busy_worker,
     call_in,
+    called,
     configured,
     ctrl_c_raising,
     customer,
@@ -124,30 +130,38 @@ from conftest import (
     loop_in_a_thread,
     mortal,
     need_threads_at_exit,
+    note_around,
     off_the_loop,
+    our_checks,
+    place,
     plain_app,
     raises,
     readme_blocks,
     redis_server,
+    refused_startup,
     run_as_shop,
     run_in_project,
     run_load,
+    run_row,
     run_script,
     run_served,
     run_there,
     run_to_its_end,
     running_demo,
+    running_loop,
     scene,
     seen,
     served,
     serving,
     serving_in_a_thread,
+    serving_loop,
     set_all,
     set_callers,
     simple_tasks,
     since,
     staged,
     stumbling,
+    tally,
     task,
     task_errors,
     task_signals,
@@ -354,20 +368,6 @@ BAD_SETTINGS = {
     "AROUND_JOB": ([0, True, "", "os", "a.b", "os.sep", "os.no_such"], ["callable"]),
 }
 LETTERS = st.text("abcdefghijklmnopqrstuvwxyz ", max_size=20)
-
-
-def our_checks(**kwargs):
-    found = checks.run_checks(**kwargs)
-    return [check for check in found if check.id.startswith("django_simple_task.")]
-
-
-async def refused_startup(middleware=django_simple_task_middleware):
-    """Return the only answer of a lifespan that ends with its startup."""
-    server = Server(middleware(plain_app))
-    answer = await server.startup()
-    await asyncio.wait_for(server.task, HANG)
-    assert server.sent == [answer]
-    return answer
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
@@ -796,16 +796,6 @@ def test_values_of_a_subclass_become_plain(said):
     assert (retry.max_attempts, type(retry.max_attempts)) == (2, int)
 
 
-def serving_loop():
-    return apps.get_app_config("django_simple_task").loop
-
-
-def place():
-    """Tell whether the caller is on the loop that serves."""
-    loop = asyncio._get_running_loop()
-    return "thread" if loop is None else "loop" if loop is serving_loop() else "other"
-
-
 def note_place():
     stage.ledger.note(place())
 
@@ -1047,22 +1037,6 @@ def test_a_bad_option_is_refused(name, expected, values):
     before = stats()
     check()
     assert stats() == before
-
-
-# Where Python looks for signals in our code: as a function begins, and as a builtin has
-# returned. Finalizers run there, too, and there the stack ends, and memory.
-STEPS = """
-import django_simple_task
-from conftest import Interrupt, Raising, at_each_step, is_a_step, serving
-
-def check(*what):
-    now = stats()
-    assert len(ran) == now["accepted"] == now["succeeded"], (*what, len(ran), now)
-
-logging.disable()
-ran = []
-"""
-NO_HANG = {"DJANGO_SIMPLE_TASK_SHUTDOWN_GRACE_PERIOD": 1}  # when an assertion fails
 
 
 @pytest.mark.parametrize("error", ["Interrupt", "RecursionError"])
@@ -1364,15 +1338,6 @@ def test_what_is_interrupted_on_its_way_to_the_loop(said):
 
 
 # Testing
-
-
-def called(on_a_loop, function):
-    """Call a function where a loop runs, or where none does."""
-
-    async def main():
-        function()
-
-    asyncio.run(main()) if on_a_loop else function()
 
 
 @pytest.mark.parametrize("on_a_loop", [False, True])
@@ -1725,10 +1690,6 @@ async def test_jobs_leave_the_loop_its_turns(kind):
     assert turns > 10
 
 
-async def running_loop():
-    return asyncio.get_running_loop()
-
-
 def test_async_to_sync_in_a_job_runs_on_the_serving_loop(where, ledger):
     """Where jobs run: async_to_sync. As in a sync view, whatever ran there before."""
     kinds = ["sync", "thread_sensitive", "orm"] * 2
@@ -2031,45 +1992,6 @@ def test_around_job_is_told_which_job_it_surrounds(ledger, lines, value):
     assert [run[3] for run in ledger.runs] == [False] * 4 + [True]
 
 
-ONCE_AROUND = ["enter 1", "around 1", "exit 1", "enter 2", "around 2", "exit 2"]
-
-
-def note_around(ledger, kind, form="sync", **ours):
-    """Run a job that fails once; return who was in which thread or asyncio task."""
-
-    def note(what):
-        on_loop = asyncio._get_running_loop() is not None
-        here = asyncio.current_task() if on_loop else threading.get_ident()
-        ledger.note((what, here))
-
-    @contextlib.contextmanager
-    def around(job):
-        note(f"enter {job.attempt}")
-        customer.set(f"around {job.attempt}")
-        try:
-            yield
-        finally:
-            note(f"exit {job.attempt}")
-
-    @contextlib.asynccontextmanager
-    async def aaround(job):
-        await asyncio.sleep(0)
-        with around(job):
-            yield
-
-    def job():
-        note(customer.get())
-        if customer.get() == "around 1":
-            fail()
-
-    before = stats()
-    with configured(AROUND_JOB=aaround if form == "async" else around, **ours):
-        in_a_thread(partial(defer_as, kind, job, **TWICE))
-        assert join(HANG)
-    assert since(before) == {"accepted": 1, "succeeded": 1, "retried": 1}
-    return zip(*ledger.runs, strict=True)
-
-
 @pytest.mark.parametrize("ours", [{}, {"IMMEDIATE": True}])
 @pytest.mark.parametrize(
     "kind, form", [*((kind, "sync") for kind in EACH_KIND[:4]), ("async", "async")]
@@ -2136,12 +2058,6 @@ def test_what_surrounds_a_job_decides_on_it(ledger, lines, step, kind, error):
 # Failures
 
 EVIL = property(lambda self: raises(ValueError))
-
-
-class Untellable(Exception):
-    """Raises what it is made with when it is to be shown."""
-
-    __str__ = __repr__ = lambda self: raises(self.args[0])
 
 
 def recur():
@@ -5203,16 +5119,6 @@ def test_a_code_change_restarts_the_server(name, hung, tmp_path):
 # a list in order and a number of workers tell what must be in flight and accounted for.
 # In the simulation all happens at once, as a seed draws it, and is judged at the end.
 
-# What lines of the ends of jobs begin with, and the accounts that tell of the same.
-ENDS = {"finished": "succeeded", "failed": "failed", "lost": "lost"}
-
-
-def tally(told, record):
-    """Count the lines of the log that are about jobs, by their beginning."""
-    event = re.match("finished|failed|lost|will be retried", record.getMessage())
-    if event and hasattr(record, "job"):
-        told[event[0]] += getattr(record, "lost", 1)
-
 
 class Puppet:
     """A job that ends when, and as, it is told."""
@@ -5616,42 +5522,6 @@ def test_a_stuck_worker_fills_the_queue_and_not_the_memory():
 #
 # Faults of the release that went before. A script knows no more than what both have.
 # With our module it passes; with the release it must fail by an assertion, or hang.
-
-OLD_AND_NEW = """
-import asyncio, os, threading, traceback, django
-from django.conf import settings
-settings.configure(INSTALLED_APPS=["django_simple_task"], USE_TZ=True)
-django.setup()
-from django.test import override_settings
-import django_simple_task
-from django_simple_task import defer, django_simple_task_middlware
-vars(django_simple_task).setdefault("__getattr__", bool)  # for what conftest asks for
-import conftest
-
-conftest.HANG = int(os.environ["HANG"])
-ledger = conftest.Ledger()
-
-async def link(left):
-    ledger.note()
-    if left > 1:
-        defer(link, {"args": [left - 1]})
-
-def hang():
-    ledger.note()
-    threading.Event().wait()
-
-async def main():
-    server = conftest.Server(django_simple_task_middlware(conftest.plain_app))
-    ran = lambda count: asyncio.to_thread(ledger.wait, count)
-    ROW
-
-try:
-    asyncio.new_event_loop().run_until_complete(main())
-except BaseException:
-    traceback.print_exc()
-    os._exit(1)  # whatever hangs
-os._exit(0)
-"""
 ROWS = {
     "no lifespan": "defer(ledger.note); await ran(1)",
     "a cancellation": """
@@ -5679,39 +5549,16 @@ ROWS = {
 }
 
 
-def run_row(row, folder, *path, hang):
-    """Run a script with the module of the first folder in which there is one."""
-    body = textwrap.indent(textwrap.dedent(ROWS[row]), "    ").strip()
-    return subprocess.run(
-        [sys.executable, "-c", OLD_AND_NEW.replace("ROW", body)],
-        capture_output=True,
-        cwd=folder,
-        env={**os.environ, "HANG": str(hang), "PYTHONPATH": os.pathsep.join(path)},
-        text=True,
-        timeout=4 * hang,
-    )
-
-
-@pytest.fixture(scope="module")
-def release_0_1_2(tmp_path_factory):
-    """Have pip put it into a folder of its own, for it has the same name."""
-    folder = str(tmp_path_factory.mktemp("release-0.1.2"))
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    pip += ["--no-deps", "--target", folder, "django-simple-task==0.1.2"]
-    subprocess.run(pip, check=True, capture_output=True, timeout=5 * HANG)
-    return folder
-
-
 @pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_passes_which_release_0_1_2_fails(row, release_0_1_2, tmp_path):
     """Release 0.1.2: rows. By an assertion or as it hangs, not for want of a name."""
     here = str(Path(__file__).parent)
-    result = run_row(row, tmp_path, here, hang=HANG)
+    result = run_row(ROWS[row], tmp_path, here, hang=HANG)
     assert result.returncode == 0, result.stderr
     with contextlib.suppress(subprocess.TimeoutExpired):
-        result = run_row(row, tmp_path, release_0_1_2, here, hang=2)
+        result = run_row(ROWS[row], tmp_path, release_0_1_2, here, hang=2)
         assert result.returncode == 1, result.stderr
         assert "\nAssertionError" in result.stderr, result.stderr
 
