@@ -158,24 +158,24 @@ def app_with_a_lifespan(*, startup=None, shutdown=None):
 
 
 @contextlib.asynccontextmanager
-async def serving(app=plain_app, **ours):
+async def serving(app=plain_app, scope=None, **ours):
     """
     Run the middleware around `app` as a server would, from startup to shutdown, with
     settings of ours by their names without the prefix: serving(WORKERS=2).
     """
-    server = Server(django_simple_task_middleware(app))
+    server = Server(django_simple_task_middleware(app), scope)
     with configured(**ours):
         assert await server.startup() == STARTED
         try:
             yield server
         finally:
             if not server.task.done():
-                await server.shutdown()
+                assert await server.shutdown() == ENDED
 
 
-async def refused_startup(middleware=django_simple_task_middleware):
+async def refused_startup(app=plain_app, wrap=django_simple_task_middleware):
     """Return the only answer of a lifespan that ends with its startup."""
-    server = Server(middleware(plain_app))
+    server = Server(wrap(app))
     answer = await server.startup()
     await asyncio.wait_for(server.task, HANG)
     assert server.sent == [answer]
@@ -319,6 +319,9 @@ class Said(Ledger):
 
     def at(self, level):
         return [record for record in self.runs if record.levelname == level]
+
+    def raised(self):
+        return [record.exc_info[0] for record in self.at("ERROR")]
 
     def lost(self):
         """Return how many were lost before they began, and the ids shown, by name."""
