@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import collections
 import collections.abc
 import contextlib
 import contextvars
@@ -15,7 +14,6 @@ import datetime
 import enum
 import functools
 import gc
-import importlib
 import importlib.util
 import inspect
 import itertools
@@ -32,7 +30,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import types
 import weakref
 from collections import Counter
@@ -44,7 +41,6 @@ from pathlib import Path
 from time import monotonic, sleep
 from unittest import mock
 
-import asgiref
 import asgiref.local
 import django.db.backends.base.base
 import hypothesis
@@ -1870,7 +1866,7 @@ def test_nothing_of_a_job_outlives_it_while_the_next_ones_run(deaths):
         defer(afail)
 
     async def take_long():
-        time.sleep(0.01)
+        sleep(0.01)
 
     async def find():
         found.append(deaths[0].is_set())
@@ -3473,7 +3469,7 @@ async def test_lifespans_on_one_loop_share_the_workers(stopped, ledger):
 
     def job(n):
         assert lock.acquire(blocking=False)
-        time.sleep(0.002)
+        sleep(0.002)
         ledger.note(n)
         lock.release()
 
