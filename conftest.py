@@ -196,7 +196,7 @@ def stopped_loop(act=None):
 
 @contextlib.contextmanager
 def serving_in_a_thread():
-    """Serve on a loop of another thread; give the loop, and a function that ends it."""
+    """Serve on a loop of another thread; give the loop, and what shuts it down."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -211,7 +211,7 @@ def serving_in_a_thread():
 
     server = call(start())
     try:
-        yield loop, lambda: call(server.shutdown())
+        yield loop, lambda **within: call(server.shutdown(**within))
     finally:
         if not server.task.done():
             call(server.shutdown())
@@ -1025,13 +1025,13 @@ def no_server():
 
 
 @contextlib.contextmanager
-def tasks_served(**ours):
-    """Serve in another thread, with settings of ours; drain."""
+def tasks_served(*, within=HANG, **ours):
+    """Serve in another thread, with settings of ours; drain within so many seconds."""
     with configured(**ours), serving_in_a_thread() as (scene.loop, shut_down):
         try:
             yield
         finally:
-            assert shut_down() == ENDED
+            assert shut_down(within=within) == ENDED
 
 
 @pytest.fixture
@@ -1450,14 +1450,16 @@ class Site:
         jobs = [f"{n}, {kind}" for n in range(1, 7) for kind in ("sync", "async")]
         self.deferred = sorted([*jobs, *(f"{pid} at gate" for pid in pids)])
 
-    def ends(self, outcome, number=None):
+    def ends(self, outcome, number=None, *, within=3 * HANG):
         """Send a signal; see that each job runs once, or that all of them are lost."""
+        began = monotonic()
         if number:
             self.process.send_signal(number)
         if outcome == "run":
             self.drains()
             self.open_gate()
         self.until_gone()
+        assert monotonic() - began < within + 5, self.log
         log = self.log.replace("may be lost", "")
         assert self.runs() == (self.deferred if outcome == "run" else []), log
         assert ("lost" in log) is (outcome == "reported"), log
