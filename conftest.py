@@ -976,6 +976,7 @@ for TASKS_NAME in ("django.tasks", "django_tasks"):
         break
 else:  # Django 5.2 without the backport: what needs Tasks is skipped
     TASKS_NAME, Task, DummyBackend, InvalidTask = None, object, object, Exception
+    tasks_api = task_errors = task_signals = None
 
     def task(function=None, **kwargs):
         return function or task
