@@ -1231,8 +1231,8 @@ INTERRUPTIONS = {
 
         threading.excepthook = lambda args: None
         sys.setswitchinterval(1e-6)  # between threads, wherever they are
-        ends = "ends", "fails", "is retried", "async ends", "late async fails", "orm fails"
-        for kind in *ends, "async is interrupted":
+        kinds = "ends", "fails", "is retried", "async ends", "late async fails"
+        for kind in *kinds, "orm fails", "async is interrupted":
             error = KeyboardInterrupt if "interrupted" in kind else MemoryError
             func = ajob if "async" in kind else orm if "orm" in kind else job
             retried = {"max_attempts": 2, "backoff": 0} if "retried" in kind else None
@@ -1245,7 +1245,8 @@ INTERRUPTIONS = {
                     break
             now = stats()
             ran += range(2 * step)
-            assert now["accepted"] == now["succeeded"] + now["failed"] == len(ran), (kind, now)
+            ended = now["succeeded"] + now["failed"]
+            assert now["accepted"] == ended == len(ran), (kind, now)
             assert step > 3
     """,
     "Ctrl-C as a job ends gets out of the loop, not out of the job alone": """
