@@ -249,7 +249,7 @@ def ledger():
 
 
 class Oracles:
-    """What must hold after each test that runs jobs in this process, whatever it did."""
+    """What must hold after each test that runs jobs in this process, come what may."""
 
     def __init__(self):
         self.before = stats()
@@ -846,7 +846,7 @@ from django_simple_task import *
 
 
 def run_script(body, *, before="", timeout=HANG, dev=True, **settings):
-    """Run a script in a process of its own, after django.setup(); end it if it hangs."""
+    """Run a script in its own process, after django.setup(), and end it if it hangs."""
     preamble = PREAMBLE.replace("{settings!r}", repr(settings))
     code = before + preamble + textwrap.dedent(body)
     process = subprocess.Popen(

@@ -324,7 +324,7 @@ ERRORS_OF_OURS = [
 
 @pytest.mark.parametrize(("error", "base", "word"), ERRORS_OF_OURS)
 def test_an_error_of_ours_explains_itself(error, base, word):
-    """Public names: QueueFull and JobLost. Also raised bare; each is of a known kind."""
+    """Public names: QueueFull and JobLost. Also raised bare; each has a known base."""
     assert issubclass(error, base)
     assert word in str(error())
     assert str(error("Why.")) == "Why."
@@ -1676,7 +1676,7 @@ def test_a_thread_that_was_killed_is_replaced(ledger, kind, moment):
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 async def test_jobs_leave_the_loop_its_turns(kind):
-    """Where jobs run: a task of its own. While many wait, others get their turn, too."""
+    """Where jobs run: a task of its own. While many wait, others get a turn, too."""
     turns = 0
     async with serving():
         for _ in range(20_000):
@@ -2071,7 +2071,7 @@ FATAL += [
 
 @pytest.mark.parametrize("fault", [SystemExit, GeneratorExit, KeyboardInterrupt])
 def test_an_error_that_cannot_be_told_does_not_get_out(fault, immediate):
-    """Testing: IMMEDIATE. Nor does what its text raises, but for Ctrl-C at that time."""
+    """Testing: IMMEDIATE. Nor does what its text raises, but for Ctrl-C meanwhile."""
     before, ctrl_c = stats(), fault is KeyboardInterrupt
     with pytest.raises(fault) if ctrl_c else contextlib.nullcontext():
         defer(lambda: raises(Untellable(fault)), options={**TWICE, "backoff": 0})
@@ -2695,7 +2695,7 @@ def test_a_drain_runs_all_that_waits_and_what_comes_of_it(forest, workers):
 
 
 async def test_retries_that_wait_run_at_once(said):
-    """Shutdown: what waits for its time. A retry runs at once; what is scheduled not."""
+    """Shutdown: what waits for its time. Retries run at once; what is scheduled not."""
     flaky, before = mock.Mock(side_effect=[ValueError, ValueError, None]), stats()
     async with serving():
         defer(do_nothing, options=TOMORROW)
@@ -2968,7 +2968,7 @@ async def test_without_room_for_threads_all_is_reported(hung, said, monkeypatch)
 
 @pytest.mark.parametrize("orm", [False, True])
 async def test_a_job_that_outlives_the_drain_leaves_no_thread(orm, hung, said):
-    """Shutdown: grace period. Whenever it ends, and what it has called, nothing stays."""
+    """Shutdown: grace period. Whenever it ends, whatever it has called, none stays."""
     before, outlives, tasks = {*threading.enumerate()}, asyncio.Event(), []
 
     async def stubborn():
@@ -3314,7 +3314,7 @@ ENDS_OF_SCRIPTS = {
             async with serving():
                 await django_simple_task_middleware(app)({"type": "http"}, None, None)
 
-        warned = lambda record: record.levelname == "WARNING" and print("warned") or True
+        warned = lambda line: line.levelname == "WARNING" and print("warned") or True
         logging.getLogger("django_simple_task").addFilter(warned)
         asyncio.run(main())
         defer(print, {"args": ["ran"]})
@@ -3445,7 +3445,7 @@ def test_a_server_that_ends_leaves_the_rest_to_the_others(grace, outcome, ledger
 
 
 async def test_the_middleware_stacked_twice_answers_when_all_is_reported(hung):
-    """Shutdown: answers. The outer one waits for what the inner one says of its jobs."""
+    """Shutdown: answers. The outer one waits for what the inner one says of jobs."""
     answers, twice = [], django_simple_task_middleware(plain_app)
 
     async def app(scope, receive, send):
@@ -3493,7 +3493,7 @@ async def test_lifespans_on_one_loop_share_the_workers(stopped, ledger):
 
 
 async def test_what_an_ending_server_was_woken_for_the_other_runs(ledger):
-    """Several lifespans: at once. A job that wakes a worker of the first is not left."""
+    """Several lifespans: at once. A job that wakes a worker of one is not left."""
     here, both, sent = asyncio.get_running_loop(), threading.Barrier(2), []
 
     async def tell():
