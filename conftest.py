@@ -532,9 +532,13 @@ class Lifespan:
         assert await server.startup() == STARTED
         return server
 
+    async def begin_to_shut_down(self):
+        self.server.put({"type": "lifespan.shutdown"})
+        for _ in range(9):
+            await asyncio.sleep(0)  # until the drain has begun
+
     def shut_down(self):
-        message = {"type": "lifespan.shutdown"}
-        self.loop.call_soon_threadsafe(self.server.put, message)
+        self.call(self.begin_to_shut_down())
 
     def cancel(self):
         self.loop.call_soon_threadsafe(self.server.task.cancel)
