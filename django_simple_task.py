@@ -105,8 +105,8 @@ from django.core.signals import setting_changed
 from django.db import connections, reset_queries
 from django.db.backends.signals import connection_created
 from django.urls import set_urlconf
+from django.utils import timezone
 from django.utils.module_loading import import_string
-from django.utils.timezone import now
 
 
 def _import_tasks() -> Any:
@@ -474,7 +474,7 @@ _OPTIONS = {
     "max_attempts": _Field(1, "a whole number from 1 to 100", int, 1, 100),
     "backoff": _Field(1.0, "seconds from 0, or a timedelta", float),
 }
-_NO_OPTIONS = {name: field.default for name, field in _OPTIONS.items()}
+_NO_OPTIONS = {name: wanted.default for name, wanted in _OPTIONS.items()}
 _LONGEST_BACKOFF = 3600.0
 # Shared by all jobs without arguments: it is only read.
 _NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -642,6 +642,10 @@ class _Job:
         awaitable, self.awaitable = self.awaitable, None
         if inspect.iscoroutine(awaitable):
             awaitable.close()
+
+    def is_for_loop(self) -> bool:
+        """Tell whether only the loop can bring its attempt to an end."""
+        return self.on_loop or self.awaitable is not None or self.loop_has_it
 
     def is_silent(self) -> bool:
         """Tell whether nothing is to be said of its end."""
@@ -1237,14 +1241,14 @@ class _Process:
                     return
             self.start_background()
 
-    def check_room(self, *, flows_over: bool = False) -> None:
+    def check_room(self, *, may_overflow: bool = False) -> None:
         """Raise if no job can be queued now, before anything is said of it."""
         maxsize, immediate = _setting("QUEUE_MAXSIZE"), _setting("IMMEDIATE")
         if immediate or not self.pools:
             _check_configuration()
         if not immediate and 0 < maxsize <= self.queue.qsize():
             with self.lock:
-                self.rejected += not flows_over
+                self.rejected += not may_overflow
             if not self.someone_serves():  # as its loop was closed without a shutdown
                 self.start_background()
             raise QueueFull
@@ -1277,7 +1281,7 @@ class _Process:
     def take(self, worker: _Worker) -> _Job | None:
         """Give a worker the next job; without any, it joins the idle."""
         if worker.pool.closed:
-            worker.pool.leave()
+            worker.pool.worker_left()
             return None
         waits = self.queue.retries or self.queue.scheduled
         if waits and self.queue.advance(monotonic()):
@@ -1423,7 +1427,7 @@ class _Process:
             first = self.pools[0]
             if isinstance(first, _Background):
                 first.withdraw()
-                first.leave()
+                first.worker_left()
         pool.begin()
         return pool
 
@@ -1794,7 +1798,7 @@ class _Pool:
             _process.idle.pop(worker, None)
         _process.wake_all()  # for jobs for which one of ours was woken
 
-    def leave(self) -> None:
+    def worker_left(self) -> None:
         """Note, under the lock, that one of the workers takes no more."""
         _process.notify()
 
@@ -1803,12 +1807,7 @@ class _Pool:
         loss = _Loss()
         with _process.lock:
             self.withdraw()
-            left = [
-                job
-                for job in _process.held_by(*self.workers)
-                if job.on_loop or job.loop_has_it or job.awaitable is not None
-            ]
-            loss.take_over(left)
+            loss.take_over([*filter(_Job.is_for_loop, _process.held_by(*self.workers))])
         say = functools.partial(loss.say, math.inf)
         try:
             _start_thread(say)
@@ -1868,8 +1867,8 @@ class _Background(_Pool):
                 self.loop.run_forever()
         self.runner.close()  # which ends the tasks that jobs have left behind
 
-    def leave(self) -> None:
-        super().leave()
+    def worker_left(self) -> None:
+        super().worker_left()
         if not _process.held_by(*self.workers):
             self.end_workers()
             self.stop()
@@ -2341,7 +2340,7 @@ def _defer_task(task: Any, arguments: Any, options: Any) -> None:
         _seconds_until(run_after)  # raises for what is no time
         if isinstance(run_after, timedelta):
             try:
-                run_after = now() + max(run_after, timedelta(0))
+                run_after = timezone.now() + max(run_after, timedelta(0))
             except OverflowError:
                 raise ValueError(
                     'options["run_after"] must be before the year 10000.'
@@ -2406,7 +2405,7 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         """
         job = _TaskJob(self, task, args, kwargs)
         try:
-            _process.check_room(flows_over=job.movable)
+            _process.check_room(may_overflow=job.movable)
         except QueueFull:
             if not job.movable:
                 raise
@@ -2456,17 +2455,16 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
             yield _error(6, f"{where} is {_shown(self.options)}, not a dict.", may)
             return
         for name, value in self.options.items():
-            field = _BACKEND_OPTIONS.get(name)
-            if field is None:
+            wanted = _BACKEND_OPTIONS.get(name)
+            if wanted is None:
                 yield _error(7, f"{where} must not have the key {_shown(name)}.", may)
                 continue
             try:
-                field.clean(value)
+                wanted.clean(value)
             except (TypeError, ValueError):
-                fault = (
-                    f'{where}["{name}"] is {_shown(value)}: it must be {field.allowed}.'
-                )
-                yield _error(8, fault, f"Set it to {field.allowed}.")
+                fault = f'{where}["{name}"] is {_shown(value)}: it must be'
+                hint = f"Set it to {wanted.allowed}."
+                yield _error(8, f"{fault} {wanted.allowed}.", hint)
         yield from _check_overflow(self, f'{where}["OVERFLOW_BACKEND"]')
 
     @functools.cached_property
@@ -2483,8 +2481,8 @@ class SimpleTaskBackend(BaseTaskBackend):  # type: ignore[misc]
         for fault in self.faults():
             raise ImproperlyConfigured(fault.msg)
         return {
-            name: field.clean(self.options.get(name, field.default))
-            for name, field in _BACKEND_OPTIONS.items()
+            name: wanted.clean(self.options.get(name, wanted.default))
+            for name, wanted in _BACKEND_OPTIONS.items()
         }
 
     def job_options(self, task: Any, on_loop: bool) -> Mapping[str, Any]:
@@ -2531,7 +2529,7 @@ class _TaskJob(_Job):
             "task": task,
             "id": _process.new_result_id(),
             "status": tasks.TaskResultStatus.READY,
-            "enqueued_at": now(),
+            "enqueued_at": timezone.now(),
             "started_at": None,
             "finished_at": None,
             "last_attempted_at": None,
@@ -2565,7 +2563,7 @@ class _TaskJob(_Job):
 
     def announce(self, worker: str) -> None:
         self.to_announce = False
-        moment = now()
+        moment = timezone.now()
         self.change(
             status=tasks.TaskResultStatus.RUNNING,
             started_at=self.fields["started_at"] or moment,
@@ -2601,7 +2599,7 @@ class _TaskJob(_Job):
             lost = tasks.base.TaskError(exception_class_path=path, traceback=text)
             errors = [*errors, lost]
         status = tasks.TaskResultStatus["SUCCESSFUL" if well else "FAILED"]
-        self.fields.update(status=status, errors=errors, finished_at=now())
+        self.fields.update(status=status, errors=errors, finished_at=timezone.now())
         finished = _process.finished[self.backend.alias]
         finished.append(self.id)
         while len(finished) > self.backend.checked_options["MAX_RESULTS"]:
