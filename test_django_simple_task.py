@@ -524,11 +524,10 @@ def test_a_setting_that_changes_as_it_is_read_is_not_kept(ledger, monkeypatch):
     monkeypatch.setitem(sys.modules, "slow", Slow("slow"))
     defer(int)
     assert join(HANG)
-    with mock.patch("django_simple_task._check_configuration"):
-        with configured(AROUND_JOB="slow.around"):
-            defer(int)
-            assert reading.wait(HANG)
-        changed.set()
+    with configured(AROUND_JOB="slow.around"):
+        defer(int)
+        assert reading.wait(HANG)
+    changed.set()
     assert join(HANG)
     defer(int)
     assert join(HANG)
@@ -2773,6 +2772,24 @@ async def test_a_full_queue_does_not_hold_the_shutdown_up(kind, hung, said):
     assert since(before) == {"accepted": 100_001, "rejected": 1, "lost": 100_001}
     ((lost, ids),) = said.lost().values()
     assert (lost, len(ids)) == (100_000, 20)
+
+
+async def test_what_a_shutdown_defers_runs_behind_a_job_that_was_given_up(ledger, hung):
+    """Shutdown: the application's shutdown. Its worker goes on when that job ends."""
+
+    def job():
+        hung.job()
+        return asyncio.sleep(0)
+
+    async def shutdown(scope):
+        defer(ledger.note)
+        hung.release.set()
+        await off_the_loop(ledger.wait, 1)
+
+    app = app_with_a_lifespan(shutdown=shutdown)
+    async with serving(app, SHUTDOWN_GRACE_PERIOD=0):
+        await hung.begin(job)
+    assert len(ledger.runs) == 1
 
 
 async def test_what_is_lost_is_reported_once_for_each_function(hung, said):
