@@ -1760,6 +1760,7 @@ class _Pool:
         self.lifespans = 1  # that share the loop; only there it changes
         self.closed = False
         self.deadline = math.inf
+        self.has_reported = False  # a loss at the end of the grace period
         self.timer: asyncio.TimerHandle | None = None
 
     def start_threads(self) -> None:
@@ -1887,10 +1888,10 @@ _PATIENCE = 0.25
 _LAST_WORDS = 0.5
 # Seconds after the grace period for handing Tasks over.
 _HAND_OVER = 4.0
+# Seconds for either of these the second time.
+_MOMENT = 0.15
 # Seconds that the wrapped application has for its shutdown in any case.
 _INNER_SHUTDOWN = 1.0
-# Seconds that each of these has in any case, when it comes late.
-_MOMENT = 0.1
 # Seconds until a drain says what it waits for, and between two such lines.
 _FIRST_REPORT, _NEXT_REPORT = 0.1, 5.0
 # How many jobs a line names at most.
@@ -1929,7 +1930,9 @@ def _drain(pool: _Pool, *, final: bool = False) -> _Waiting:
             yield from _say_what_a_drain_waits_for(pending, flying)
             report_at = now + _NEXT_REPORT
         yield min(pool.deadline, report_at)
-    yield from loss.report(pool.deadline)
+    if loss.jobs() or loss.moving:
+        yield from loss.report(again=pool.has_reported)
+        pool.has_reported = late
     if final:
         yield from pool.end_threads()
         # Have run what a signal handler deferred amid these last steps.
@@ -2025,19 +2028,19 @@ class _Loss:
         moved = [job for job in self.moving if job.outcome == "handed_over"]
         return [*self.in_flight, *self.waiting, *moved]
 
-    def report(self, deadline: float = math.inf) -> _Waiting:
-        """Report it, in the time after the deadline; if that is over, in a moment."""
-        until = min(monotonic(), deadline)
+    def report(self, *, again: bool = False) -> _Waiting:
+        """Report it; briefly, if another loss has had most of the time for that."""
+        until = monotonic()
         tasks = [job.task for job in self.in_flight if job.task is not None]
         for task in tasks:
             _call_on(task.get_loop(), task.cancel)
         if self.moving:
-            until = max(until + _HAND_OVER, monotonic() + _MOMENT)
+            until += _MOMENT if again else _HAND_OVER
             yield from _in_spare_thread(self.hand_over, until)
             with _process.lock:
                 for job in self.moving:
                     self.lose(job)
-        until = max(until + _LAST_WORDS, monotonic() + _MOMENT)
+        until += _MOMENT if again else _LAST_WORDS
         if self.jobs():
             yield from _in_spare_thread(functools.partial(self.say, until), until)
             if left := len(self.unreported):
