@@ -1034,8 +1034,15 @@ def test_a_bad_option_is_refused(name, expected, values):
     assert stats() == before
 
 
-@pytest.mark.parametrize("error", ["Interrupt", long("RecursionError")])
-@pytest.mark.parametrize("where", ["background", "first", "loop", "drain"])
+PLACES_OF_DEFERS = ["background", "first", "loop", "drain"]
+WHERE_AND_BY_WHAT = [*itertools.product(PLACES_OF_DEFERS, ["Interrupt"])]
+WHERE_AND_BY_WHAT.append(("loop", "RecursionError"))
+WHERE_AND_BY_WHAT += [
+    long(place, "RecursionError") for place in PLACES_OF_DEFERS if place != "loop"
+]
+
+
+@pytest.mark.parametrize(("where", "error"), WHERE_AND_BY_WHAT)
 def test_a_defer_may_be_interrupted_anywhere(where, error):
     """Deferring: interruptions. They get out; its job is queued and counted, or not."""
     run_to_its_end(
