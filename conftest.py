@@ -197,28 +197,15 @@ def stopped_loop(act=None):
 @contextlib.contextmanager
 def serving_in_a_thread():
     """Serve on a loop of another thread; give the loop, and what shuts it down."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def call(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(HANG)
-
-    async def start():
-        server = Server(django_simple_task_middleware(plain_app))
-        assert await server.startup() == STARTED
-        return server
-
-    server = call(start())
-    try:
-        yield loop, lambda **within: call(server.shutdown(**within))
-    finally:
-        if not server.task.done():
-            call(server.shutdown())
-        call(loop.shutdown_default_executor())
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(HANG)
-        loop.close()
+    with loop_in_a_thread() as loop:
+        lifespan = Lifespan(loop)
+        server, call = lifespan.server, lifespan.call
+        try:
+            yield loop, lambda **within: call(server.shutdown(**within))
+        finally:
+            if not server.task.done():
+                call(server.shutdown())
+            call(loop.shutdown_default_executor())
 
 
 class Ledger:
@@ -1132,7 +1119,7 @@ class Elsewhere(DummyBackend):
 DATABASE = """
 from functools import partial
 from asgiref.sync import sync_to_async
-from conftest import HANG, Ledger, serving
+from conftest import HANG, Ledger, serving, until
 from django.db import connection, transaction
 from django.db.backends.signals import connection_created
 
@@ -1159,10 +1146,7 @@ def sessions(condition="true", what="pid"):
     where = f"FROM pg_stat_activity WHERE {here} AND {condition}"
     return {*administer(f"SELECT {what} {where}")}
 
-def until(true):
-    hung_at = time.monotonic() + HANG
-    while not true():
-        assert time.monotonic() < hung_at, (stats(), sessions())
+until = partial(until, pause=0, tell=lambda: (stats(), sessions()))
 
 def come_to(number, condition="true"):
     # A session that its client has closed takes a moment to end.

@@ -601,9 +601,13 @@ class _Job:
         make = _setting("AROUND_JOB")
         if make is None:
             return _NOTHING
-        is_async = self.on_loop and not self.options["thread_sensitive"]
-        seen = {"name": self.name, "id": self.id, "attempt": self.attempt}
-        return make(SimpleNamespace(**seen, is_async=is_async))
+        record = SimpleNamespace(
+            name=self.name,
+            id=self.id,
+            attempt=self.attempt,
+            is_async=self.on_loop and not self.options["thread_sensitive"],
+        )
+        return make(record)
 
     async def await_result(self) -> None:
         awaitable, self.awaitable = self.awaitable, None
@@ -1226,9 +1230,8 @@ class _Process:
 
     def put(self, job: _Job, delay: float | None) -> None:
         """Queue a job, and wake an idle worker; or run it, if all are immediate."""
-        if not self.prepared:
-            self.prepare()
         if _setting("IMMEDIATE"):
+            self.prepare()
             return _run_immediately(job)
         while True:
             with self.lock:
@@ -1433,6 +1436,7 @@ class _Process:
 
     def start_background(self) -> None:
         """Serve without a lifespan."""
+        self.prepare()
         background = _Background()
         try:
             with self.lock:
@@ -2063,7 +2067,8 @@ class _Loss:
                         _process.settle(job)
 
     def say(self, until: float) -> None:
-        self.unreported.extend(job for job in self.jobs() if job.observed)
+        given_up = self.jobs()
+        self.unreported.extend(job for job in given_up if job.observed)
         for job in self.in_flight:
             seconds = _seconds_since(job.started)
             job.report(_log, logging.ERROR, job, "lost in flight", seconds=seconds)
@@ -2076,7 +2081,7 @@ class _Loss:
         while self.unreported and monotonic() < until:
             job = self.unreported.popleft()
             job.report(job.report_end, None)
-        for job in self.jobs():
+        for job in given_up:
             job.forget()
 
 
